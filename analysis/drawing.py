@@ -1,0 +1,142 @@
+"""What all figures share: colours, markers, fonts, the light and dark theme, and how a picture is written."""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH_INCHES = 5.5  # the text width of a paper; in a report, wide enough for a phone
+FOREGROUND = "foreground"  # black on white, white on black
+# Okabe and Ito's colour-blind-safe set, without its yellow (too pale on white), and a grey.
+_METHOD_STYLES = {
+    "snell": ("#D55E00", "o"),
+    "snella": ("#CC79A7", "D"),
+    "lora": ("#0084D1", "s"),
+    "klora": ("#56B4E9", "^"),
+    "full": (FOREGROUND, "P"),
+    "gps": ("#009E73", "v"),
+    "shira": ("#E69F00", "X"),
+    "bias": ("#9A8A2E", "<"),
+    "probe": ("#8C8C8C", ">"),
+}
+# For methods not named above, and for further variants of one method. Told apart by marker first.
+_OTHER_STYLES = tuple(
+    (color, marker)
+    for marker in ("h", "*", "p", "d")
+    for color in ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0084D1", "#D55E00", "#8C8C8C")
+)
+CATEGORY_COLORS = {
+    "parameters": "#4477AA",
+    "gradients": "#EE6677",
+    "optimizer": "#CCBB44",
+    "activations": "#66CCEE",
+    "temporary": "#AAAAAA",
+}
+_FONT = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "snell-scale",  # equal data give equal files
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    color: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be drawn in any theme: file name, title, its content in words, and its drawing."""
+
+    name: str
+    title: str
+    alt: str
+    draw: Callable[[], Figure]
+
+
+def styles_of(table: pd.DataFrame) -> dict[str, Style]:
+    """Label → the colour and marker it has in every figure; a method's first label gets the method's own."""
+    styles, taken, others = {}, set(), cycle(_OTHER_STYLES)
+    for label, method in zip(table["label"], table["method"], strict=True):
+        if label in styles:
+            continue
+        is_first = method in _METHOD_STYLES and method not in taken
+        taken.add(method)
+        styles[label] = Style(*(_METHOD_STYLES[method] if is_first else next(others)))
+    return styles
+
+
+def write_png(picture: Picture, folder: Path) -> Path:
+    """Write <name>.png, 200 dpi on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{picture.name}.png"
+    path.write_bytes(_render(picture, "png", dark=False))
+    return path
+
+
+def as_svg(picture: Picture, *, dark: bool) -> bytes:
+    """The picture as SVG on a transparent ground, for a light or a dark page."""
+    return _render(picture, "svg", dark=dark)
+
+
+def color_of(style: Style) -> str:
+    """A style's colour in the theme that is being drawn."""
+    return text_color() if style.color == FOREGROUND else style.color
+
+
+def text_color() -> str:
+    """The foreground of the theme that is being drawn."""
+    return matplotlib.rcParams["text.color"]
+
+
+def method_style(method: str) -> Style:
+    """What a method has wherever its variants need not be told apart."""
+    return Style(*_METHOD_STYLES.get(method, _OTHER_STYLES[0]))
+
+
+def new_figure(*, height_inches: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _render(picture: Picture, suffix: str, *, dark: bool) -> bytes:
+    settings: Any = _FONT | _theme(dark=dark)
+    with matplotlib.rc_context(settings):
+        buffer = io.BytesIO()
+        # No date in the file: equal data give equal files.
+        metadata: Mapping[str, Any] = {"Date": None} if suffix == "svg" else {"Software": None}
+        picture.draw().savefig(buffer, format=suffix, transparent=suffix == "svg", metadata=metadata)
+    return buffer.getvalue()
+
+
+def _theme(*, dark: bool) -> dict[str, Any]:
+    front, back, faint = ("#e8eaed", "#16191d", "#3a4048") if dark else ("#1b1f24", "#ffffff", "#e3e6ea")
+    names = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    return {
+        **dict.fromkeys(names, front),
+        "grid.color": faint,
+        "figure.facecolor": back,
+        "axes.facecolor": back,
+        "savefig.facecolor": back,
+    }

@@ -1,0 +1,179 @@
+"""The comparison of methods: mean ± standard deviation over seeds, as Markdown, CSV, LaTeX and on a terminal."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from analysis.groups import capitalized, metric_name, varied_keys, with_labels
+from analysis.load import Row, rows_of
+from snell_scale.records import MEMORY_CATEGORIES, STATUSES
+
+SPREAD = "mean ± sample standard deviation over n seeds"
+PEAKS = tuple(f"peak_{category}_mib" for category in MEMORY_CATEGORIES)
+_MEANS = ("validation_score", "trainable_percent", "peak_total_mib", *PEAKS, "images_per_s", "adapter_kib")
+_LATEX: dict[str, str] = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "~": r"\textasciitilde{}"}
+_LATEX |= {"^": r"\textasciicircum{}"} | {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column as it is shown: `text` writes a row's cell, `key` is the column that sorts it."""
+
+    heading: str
+    key: str
+    text: Callable[[Row], str]
+    is_number: bool = True
+
+
+def comparison(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per label and status, in numbers; what did not end "ok" keeps a row of its own.
+
+    Columns: label, method, status, n, seeds, score_mean, score_std (sample standard deviation, NaN for one
+    run), the means of the other figures, and the varied keys.
+    """
+    runs = runs.loc[runs["compared"]]
+    labelled = with_labels(runs)
+    keys = varied_keys(runs)
+    rows = []
+    for label in labelled["label"].unique():
+        same = labelled.loc[labelled["label"] == label]
+        for status in sorted(same["status"].unique(), key=STATUSES.index):
+            group = same.loc[same["status"] == status]
+            row = {
+                "label": label,
+                "method": group["method"].iloc[0],
+                "status": status,
+                "n": len(group),
+                "seeds": " ".join(str(seed) for seed in sorted(group["seed"])),
+                "score_mean": group["score"].mean(),
+                "score_std": group["score"].std(ddof=1),
+            }
+            row |= {name: group[name].mean() for name in _MEANS}
+            rows.append(row | {key: group[key].iloc[0] for key in keys})
+    return pd.DataFrame(rows)
+
+
+def columns(table: pd.DataFrame, metric: str, *, first: str = "Method") -> list[Column]:
+    """How `comparison`'s rows are shown; the status has a column where one is not ok."""
+    shown = [
+        Column(first, "label", lambda row: row["label"], is_number=False),
+        Column("Trained %", "trainable_percent", lambda row: number(row["trainable_percent"], digits=2)),
+        Column(capitalized(metric_name(metric)), "score_mean", score),
+        Column("n", "n", lambda row: str(row["n"])),
+        Column("Peak MiB", "peak_total_mib", lambda row: size(row["peak_total_mib"])),
+    ]
+    for category, key in zip(MEMORY_CATEGORIES, PEAKS, strict=True):
+        shown.append(Column(category.capitalize(), key, lambda row, key=key: size(row[key])))
+    shown += [
+        Column("Images/s", "images_per_s", lambda row: number(row["images_per_s"], digits=0)),
+        Column("Adapter KiB", "adapter_kib", lambda row: size(row["adapter_kib"])),
+    ]
+    if (table["status"] != "ok").any():
+        shown.insert(1, Column("Status", "status", lambda row: row["status"], is_number=False))
+    return shown
+
+
+def display(table: pd.DataFrame, shown: Sequence[Column]) -> pd.DataFrame:
+    """`table` as text: one column per entry of `shown`, under its heading."""
+    return pd.DataFrame(
+        {column.heading: [column.text(row) for row in rows_of(table)] for column in shown}, dtype=object
+    )
+
+
+def write_tables(
+    table: pd.DataFrame, shown: Sequence[Column], folder: Path, *, name: str = "table"
+) -> list[Path]:
+    """Write <name>.csv with the bare numbers, and <name>.md and <name>.tex as shown; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = display(table, shown)
+    contents = {
+        "md": markdown(texts, shown),
+        "csv": table.to_csv(index=False, lineterminator="\n"),
+        "tex": latex(texts, shown),
+    }
+    paths = [folder / f"{name}.{suffix}" for suffix in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_text(content, encoding="utf-8")
+    return paths
+
+
+def markdown(texts: pd.DataFrame, shown: Sequence[Column]) -> str:
+    """A pipe table, aligned to be read as plain text too."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [list(texts.columns), *texts.values.tolist()]]
+    widths = [max(3, *(len(row[index]) for row in cells)) for index in range(len(shown))]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if column.is_number else cell.ljust(width)
+            for cell, width, column in zip(row, widths, shown, strict=True)
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    rules = [
+        "-" * (width - 1) + ":" if column.is_number else "-" * width
+        for width, column in zip(widths, shown, strict=True)
+    ]
+    lines.insert(1, f"| {' | '.join(rules)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(texts: pd.DataFrame, shown: Sequence[Column]) -> str:
+    """A tabular for a paper; needs the package booktabs."""
+    rows = [
+        " & ".join(_latex_text(cell) for cell in row) + r" \\"
+        for row in [list(texts.columns), *texts.values.tolist()]
+    ]
+    alignment = "".join("r" if column.is_number else "l" for column in shown)
+    head = [
+        "% needs \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{{alignment}}}",
+        "\\toprule",
+        rows[0],
+        "\\midrule",
+    ]
+    return "\n".join([*head, *rows[1:], "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def print_table(table: pd.DataFrame, shown: Sequence[Column], *, title: str) -> None:
+    """The table on the terminal; where output goes to a file, lines are as long as the table needs."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    printed = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for column in shown:
+        printed.add_column(column.heading, justify="right" if column.is_number else "left")
+    texts = display(table, shown)
+    for status, cells in zip(table["status"], texts.values.tolist(), strict=True):
+        printed.add_row(*map(escape, cells), style=None if status == "ok" else "red")
+    console.print(printed)
+
+
+def score(row: Row) -> str:
+    """ "94.5 ± 0.6" of a row; the mean alone where there is no spread, a dash where there is neither."""
+    return mean_and_std(row["score_mean"], row["score_std"])
+
+
+def mean_and_std(mean: float, std: float) -> str:
+    """See `score`."""
+    digits = 1 if math.isnan(mean) or abs(mean) >= 10 else 3
+    return number(mean, digits=digits) + ("" if math.isnan(std) else f" ± {number(std, digits=digits)}")
+
+
+def size(value: float) -> str:
+    """MiB or KiB: one digit below 100, none above."""
+    return number(value, digits=1 if abs(value) < 100 else 0)
+
+
+def number(value: float, *, digits: int) -> str:
+    """With thousands separated by commas; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

@@ -1,0 +1,225 @@
+"""The command line: run, compare, list, schema and merge. Parses, calls, prints."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from snell_scale import registry
+from snell_scale.config import Config, json_schema, load_config, to_dict
+from snell_scale.records import Result
+
+EXIT_CODES = {"ok": 0, "failed": 1, "oom": 3, "diverged": 4, "interrupted": 130}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune large vision models with little memory, and compare the ways to do it.",
+)
+_console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config; `snell-scale schema` describes its keys.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, e.g. training.lr=1e-3 method.name=lora", show_default=False),
+]
+
+
+def main() -> None:
+    """Entry point: user errors become one message and exit code 2 instead of a traceback."""
+    try:
+        app(args=_spread_grid(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        if os.environ.get("SNELL_SCALE_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    resume: Annotated[str, typer.Option(help="auto: continue an earlier attempt; never: refuse to.")] = "never",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of this name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train; write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+) -> None:
+    """Train one config and record the run.
+
+    Exit code: 0 ok, 1 failed, 2 bad input, 3 out of memory, 4 diverged, 130 interrupted (resumable).
+    """
+    if resume not in ("never", "auto"):
+        raise ValueError(f"--resume is {resume!r}, expected auto or never")
+    resolved = load_config(config, overrides or [], config_class=registry.config_class)
+    if dry_run:
+        _dry_run(resolved)
+        return
+    from snell_scale.run import run as run_config
+
+    result = run_config(
+        resolved, resume="auto" if resume == "auto" else "never", overwrite=overwrite, quiet=quiet
+    )
+    _print_results([result])
+    folder = Path(resolved.output_dir) / resolved.name
+    _console.print(f"Record: {folder}/result.json", highlight=False)
+    sys.exit(EXIT_CODES[result.status])
+
+
+@app.command()
+def compare(
+    configs: Annotated[list[Path], typer.Argument(help="Configs to compare, or one study file with a grid.")],
+    *,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="key=value,value …; e.g. --grid methods=lora,snell seeds=0,1,2")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run.")] = None,
+    name: Annotated[str | None, typer.Option(help="Folder below output_dir; default: the files' names.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each gets its share of the cores.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; start none.")] = False,
+) -> None:
+    """Run every combination of a study; what is done is skipped, what was interrupted continues."""
+    from snell_scale.compare import parse_grid, plan_study, run_study
+
+    planned = plan_study(
+        configs,
+        grid=dict(parse_grid(text) for text in grid or []),
+        overrides=settings or [],
+        name=name,
+        config_class=registry.config_class,
+    )
+    if dry_run:
+        _console.print("\n".join(f"{p.config.output_dir}/{p.config.name}" for p in planned), highlight=False)
+        return
+    from snell_scale.study_progress import StudyProgress
+
+    with StudyProgress(len(planned)) as progress:
+        results = run_study(planned, num_jobs=jobs, finished=progress.finished)
+    _print_results(results)
+    folder = (Path(planned[0].config.output_dir) / planned[0].config.name).parent
+    _console.print(
+        f"Records: {folder}. Report: python -m analysis.report {folder} --output {folder}", highlight=False
+    )
+    sys.exit(max(EXIT_CODES[result.status] for result in results))
+
+
+@app.command("list")
+def list_components(
+    kind: Annotated[str, typer.Argument(help="models, methods, tasks, datasets or engines")],
+) -> None:
+    """What there is to choose from."""
+    kinds = {"models": "model", "methods": "method", "tasks": "task", "datasets": "data", "engines": "engine"}
+    if kind not in kinds:
+        raise ValueError(f"cannot list {kind!r}, {registry.nearest(kind, list(kinds))}")
+    table = Table("name", "what it is")
+    for name in registry.names(kinds[kind]):
+        doc = registry.config_class(kinds[kind], name).__doc__ or ""
+        table.add_row(name, " ".join(doc.split("\n\n")[0].split()))
+    _console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config, for editors to check and complete YAML with."""
+    components = {
+        kind: {name: registry.config_class(kind, name) for name in registry.names(kind)}
+        for kind in registry.COMPONENTS
+    }
+    print(json.dumps(json_schema(components), indent=2))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A run's adapter folder, or any PEFT adapter folder.")],
+    *,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The config whose model the adapter belongs to; default: the run's own."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Fold an adapter into its base model and write plain weights."""
+    from snell_scale.merging import merge_adapter
+
+    config_path = base or adapter.parent / "config.yaml"
+    if not config_path.is_file():
+        raise ValueError(f"no config at {config_path}: name the base model's config with --base")
+    config = load_config(config_path, config_class=registry.config_class)
+    num_tensors, num_bytes = merge_adapter(config, adapter, output, overwrite=overwrite)
+    _console.print(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB", highlight=False)
+
+
+def _dry_run(config: Config) -> None:
+    """Resolve, build, count and check the data; print what a run would train."""
+    import yaml
+
+    from snell_scale.loop import total_steps
+    from snell_scale.run import assemble
+
+    parts = assemble(config)
+    _console.print(yaml.safe_dump(to_dict(config), sort_keys=False), highlight=False)
+    table = Table("what", "value", title="Dry run: nothing was trained or written")
+    sizes = ", ".join(f"{split} {size}" for split, size in parts.data.sizes.items())
+    share = 100 * parts.trainable_parameters / parts.total_parameters
+    table.add_row("samples", f"{sizes}; {len(parts.data.class_names)} classes")
+    table.add_row("optimizer steps", f"{total_steps(config, parts.data):,}")
+    table.add_row("parameters of the base model", f"{parts.total_parameters:,}")
+    table.add_row("trainable parameters", f"{parts.trainable_parameters:,} ({share:.2f} %)")
+    _console.print(table)
+
+
+def _print_results(results: list[Result]) -> None:
+    """One row per run."""
+    table = Table("run", "status", "validation", "test", "trainable", "peak MiB", "images/s")
+    for result in results:
+        metric = result.metric or ""
+        peak = (result.memory or {}).get("peak") or {}
+        speed = result.throughput.get("images_per_s")
+        table.add_row(
+            result.name,
+            result.status,
+            *(_figure(result.metrics.get(split, {}).get(metric), ".2f") for split in ("validation", "test")),
+            _figure(result.trainable_parameters, ",d"),
+            _figure(peak.get("total_bytes", 0) / 2**20 or None, ".1f"),
+            _figure(speed, ",.0f"),
+        )
+    _console.print(table)
+    for result in results:
+        if result.message:
+            _console.print(f"{result.name}: {result.status}: {_escaped(result.message)}", highlight=False)
+
+
+def _figure(value: Any, style: str) -> str:
+    return "–" if value is None else format(value, style)
+
+
+def _escaped(error: object) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _spread_grid(arguments: list[str]) -> list[str]:
+    """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`: the option takes every key=value that follows it."""
+    spread: list[str] = []
+    in_grid = False
+    for argument in arguments:
+        if argument == "--grid":
+            in_grid = True
+        elif in_grid and "=" in argument and not argument.startswith("-"):
+            spread += ["--grid", argument]
+        else:
+            in_grid = False
+            spread.append(argument)
+    return spread
+
+
+if __name__ == "__main__":
+    main()

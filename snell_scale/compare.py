@@ -1,0 +1,161 @@
+"""Several runs as one study: every combination of a grid, in parallel processes, skipping what is done."""
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snell_scale.config import STUDY_KEYS, Config, ConfigClassLookup, resolve
+from snell_scale.config_sources import parse_value, read_yaml
+from snell_scale.records import Result
+
+GRID_ALIASES = {"methods": "method.name", "seeds": "seed"}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study and what sets it apart from the others."""
+
+    config: Config
+    varied: Mapping[str, Any]
+
+
+def plan_study(
+    paths: Sequence[Path],
+    *,
+    grid: Mapping[str, Sequence[Any]],
+    overrides: Sequence[str],
+    name: str | None,
+    config_class: ConfigClassLookup,
+) -> list[PlannedRun]:
+    """Every run of the study, validated before the first one starts.
+
+    grid: dotted key → values; it is laid over the file's own `grid:`. Several files are compared with one
+    another, each under the whole grid. ValueError for any mistake, and where two runs would share a folder.
+    """
+    study = name or "-".join(path.stem for path in paths)
+    planned: list[PlannedRun] = []
+    for path in paths:
+        raw = read_yaml(path)
+        sections = {key: raw.pop(key, None) or {} for key in STUDY_KEYS}
+        full_grid = _aliased(sections["grid"]) | _aliased(grid)
+        for case, changes in sections["cases"].items() or [(None, {})]:
+            for values in itertools.product(*full_grid.values()):
+                varied: dict[str, Any] = {"config": path.stem} if len(paths) > 1 else {}
+                if case is not None:
+                    varied["case"] = case
+                varied |= dict(zip(full_grid, values, strict=True))
+                settings = {**changes, **dict(zip(full_grid, values, strict=True))}
+                texts = [*overrides, *(f"{key}={_as_yaml(value)}" for key, value in settings.items())]
+                run_name = f"name={study}/{_label(varied)}"
+                config = resolve(raw, [*texts, run_name], config_class=config_class, source=str(path))
+                planned.append(PlannedRun(config, varied))
+    _check_distinct(planned)
+    return planned
+
+
+def parse_grid(text: str) -> tuple[str, list[Any]]:
+    """ "methods=lora,snell" → ("methods", ["lora", "snell"]); values in [brackets] are read as one YAML list."""
+    key, sign, value = text.partition("=")
+    if not sign or not key or not value:
+        raise ValueError(f"--grid {text!r} is not of the form key=value,value, e.g. seeds=0,1,2")
+    if value.startswith("["):
+        return key, list(parse_value(value))
+    return key, [parse_value(part) for part in value.split(",")]
+
+
+def run_study(
+    planned: Sequence[PlannedRun], *, num_jobs: int, finished: Callable[[PlannedRun, Result], None]
+) -> list[Result]:
+    """Run them, `num_jobs` at a time, each job with its share of the cores; results in the order planned.
+
+    A finished run is not run again, an interrupted one continues. A run that fails, or whose process dies, is
+    a "failed" result: the others go on.
+    """
+    results: dict[int, Result] = {}
+    for index, outcome in _outcomes(planned, num_jobs):
+        run = planned[index]
+        result = outcome if isinstance(outcome, Result) else _failed(run, outcome)
+        results[index] = result
+        finished(run, result)
+    return [results[index] for index in sorted(results)]
+
+
+def _outcomes(planned: Sequence[PlannedRun], num_jobs: int) -> Iterator[tuple[int, Result | BaseException]]:
+    """(index, result or exception) as runs end. When a process dies, its pool goes: the rest is run singly."""
+    waiting = dict(enumerate(planned))
+    for index, outcome in _run_pool(waiting.items(), num_jobs):
+        if isinstance(outcome, BrokenProcessPool):
+            continue
+        del waiting[index]
+        yield index, outcome
+    for index, run in waiting.items():
+        yield from _run_pool([(index, run)], 1)
+
+
+def _run_pool(
+    runs: Iterable[tuple[int, PlannedRun]], num_jobs: int
+) -> Iterator[tuple[int, Result | BaseException]]:
+    threads = max(1, (os.cpu_count() or 1) // num_jobs)
+    # spawn: a forked child would inherit torch's thread pools and CUDA state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        num_jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,)
+    ) as pool:
+        futures: dict[Future[Result], int] = {pool.submit(_execute, run): index for index, run in list(runs)}
+        for future in as_completed(futures):
+            error = future.exception()
+            yield futures[future], error if error is not None else future.result()
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _execute(planned: PlannedRun) -> Result:
+    from snell_scale.run import run
+
+    return run(planned.config, resume="auto", varied=planned.varied, quiet=True)
+
+
+def _failed(planned: PlannedRun, error: BaseException) -> Result:
+    from snell_scale.run import blank_result
+
+    died = "its process died (killed, or out of host memory?)" if isinstance(error, BrokenProcessPool) else None
+    return blank_result(planned.config, planned.varied, message=died or f"{type(error).__name__}: {error}")
+
+
+def _aliased(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"grid.{key} is {values!r}, expected a list of at least one value")
+    return {GRID_ALIASES.get(key, key): list(values) for key, values in grid.items()}
+
+
+def _label(varied: Mapping[str, Any]) -> str:
+    """A folder name from what varies: bare names for methods and cases, key-value for the rest."""
+    parts = [
+        str(value) if key in ("method.name", "config", "case") else f"{key.split('.')[-1]}{value}"
+        for key, value in varied.items()
+    ]
+    return "-".join(part.replace("/", "_").replace(" ", "") for part in parts) or "run"
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_distinct(planned: Sequence[PlannedRun]) -> None:
+    names = [run.config.name for run in planned]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise ValueError(
+            f"two runs of the study would share the folder {double[0]}: name each case and file once"
+        )

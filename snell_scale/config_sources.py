@@ -1,0 +1,111 @@
+"""Where a config's values come from: YAML files that extend one another, variants, dotted overrides.
+
+A file may `extends:` another one and holds only what differs. `variants:` holds, per method name, settings
+that apply when that method is chosen. Overrides (`training.lr=1e-3`) win over both.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMPONENT_KINDS = ("model", "data", "task", "method", "engine")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, merged over the file its `extends:` names (relative to it)."""
+    return _read_chain(Path(path), seen=())
+
+
+def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides applied; the chosen method's `variants` entry lies between the file and the overrides."""
+    parsed = [_parse_override(text) for text in overrides]
+    variants = raw.get("variants") or {}
+    base = {key: value for key, value in raw.items() if key != "variants"}
+    merged = _deep_merge(base, _nested(parsed))
+    name = merged["method"].get("name") if isinstance(merged.get("method"), dict) else None
+    return _deep_merge(_deep_merge(base, variants.get(name) or {}), _nested(parsed))
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar or list, with 1e-3 read as the number that it is (YAML 1.1 calls it a string)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a YAML value; quote it, e.g. 'name=\"a: b\"'") from None
+    return _numbers(value)
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(str(path), siblings, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"no config file at {path}{hint}")
+    if path.resolve() in seen:
+        raise ValueError(f"{path} extends itself, through {' → '.join(p.name for p in seen)}")
+    try:
+        raw = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, expected a mapping of config keys")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    return _deep_merge(_read_chain(path.parent / str(parent), (*seen, path.resolve())), raw)
+
+
+def _deep_merge(base: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:
+    """`delta` over `base`. A section whose `name` changes starts afresh: options of another component are void.
+
+    The method section is the exception: what its methods share (rank, targets) outlives a change of name.
+    """
+    merged = dict(base)
+    for key, value in delta.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = (
+                key in COMPONENT_KINDS
+                and key != "method"
+                and value.get("name", old.get("name")) != old.get("name")
+            )
+            merged[key] = dict(value) if renamed else _deep_merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ValueError(f"override {text!r} is not of the form key=value, e.g. training.lr=1e-3")
+    return key.strip(), parse_value(value)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value.lower() not in ("e", "inf", "nan") else value
+        except ValueError:
+            return value
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return value
+
+
+def _nested(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for dotted, value in pairs:
+        node = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {dotted}: {parent} was already set to a value")
+        node[last] = value
+    return tree

@@ -1,0 +1,151 @@
+"""A ledger of the tensor storages alive on one device: how large each is, and what it is for."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from snell_scale.records import MEMORY_CATEGORIES
+
+# A storage that is several things at once counts as the strongest: a parameter saved for backward stays a
+# parameter, a saved tensor that is also the optimizer's belongs to the optimizer.
+_STRENGTH = {"temporary": 0, "activations": 1, "gradients": 2, "optimizer": 3, "parameters": 4}
+assert _STRENGTH.keys() == set(MEMORY_CATEGORIES)
+
+
+@dataclass(slots=True)
+class _Entry:
+    reference: "weakref.ref[torch.UntypedStorage]"
+    num_bytes: int
+    category: str
+    first_seen: int
+
+
+class StorageLedger:
+    """Live bytes per category, and the split at the instant of the largest total since `start_peak`.
+
+    Holds weak references only. torch keeps one Python object per storage for as long as the storage lives,
+    so the weak reference's callback runs at the very release of the memory, and views, in-place results and
+    detached copies all lead to the one entry of their storage.
+
+    What a storage is for is often known only after it was allocated (an output is saved for backward, a
+    buffer becomes .grad, the optimizer's first step makes its state). A storage that is alive now and was
+    first seen before the peak was alive at the peak as well, so naming it late corrects the peak's split too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.live: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        self.peak: dict[str, int] = dict(self.live)
+        self._peak_total = 0
+        self._peak_clock = 0
+        self._clock = 0
+        self._entries: dict[int, _Entry] = {}
+
+    def see(self, tensor: Tensor, category: str = "temporary") -> None:
+        """Enter the tensor's storages (on this device), or strengthen the category they stand under."""
+        for storage in storages_of(tensor, self.device):
+            self.see_storage(storage, category)
+
+    def see_storage(self, storage: torch.UntypedStorage, category: str) -> None:
+        key = id(storage)
+        entry = self._entries.get(key)
+        if entry is not None and entry.num_bytes != storage.nbytes():
+            # Resized in place: the new size was not there at an earlier peak, so it is a new entry.
+            category = max(category, entry.category, key=_STRENGTH.__getitem__)
+            self._release(key)
+            entry = None
+        if entry is None:
+            self._add(storage, category)
+        elif _STRENGTH[category] > _STRENGTH[entry.category]:
+            self._strengthen(entry, category)
+
+    def start_peak(self) -> None:
+        """Forget the peak so far: the largest total is now what is alive now."""
+        self.peak = dict(self.live)
+        self._peak_total = sum(self.live.values())
+        self._peak_clock = self._clock
+
+    def clear(self) -> None:
+        """Drop every entry and its weak reference, so that nothing runs when a storage is released."""
+        self._entries.clear()
+        self.live = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        self.start_peak()
+
+    def _add(self, storage: torch.UntypedStorage, category: str) -> None:
+        key, num_bytes = id(storage), storage.nbytes()
+        self._clock += 1
+        reference = weakref.ref(storage, partial(self._on_release, key))
+        self._entries[key] = _Entry(reference, num_bytes, category, self._clock)
+        self.live[category] += num_bytes
+        total = sum(self.live.values())
+        if total > self._peak_total:
+            self.peak, self._peak_total, self._peak_clock = dict(self.live), total, self._clock
+
+    def _strengthen(self, entry: _Entry, category: str) -> None:
+        splits = [self.live]
+        if entry.first_seen <= self._peak_clock:
+            splits.append(self.peak)
+        for split in splits:
+            split[entry.category] -= entry.num_bytes
+            split[category] += entry.num_bytes
+        entry.category = category
+
+    def _on_release(self, key: int, _: "weakref.ref[torch.UntypedStorage]") -> None:
+        self._release(key)
+
+    def _release(self, key: int) -> None:
+        entry = self._entries.pop(key)
+        self.live[entry.category] -= entry.num_bytes
+
+
+class StorageWatch(TorchDispatchMode):
+    """While active, enters every operator's inputs and outputs into the ledger.
+
+    Inputs as well as outputs, so that tensors made elsewhere (the batch, results of compiled code) count
+    from their first use. Ops inside compiled code are left to it: ordinary modes would make torch fall
+    back to eager, and measure another program. A storage resized without an operator
+    (UntypedStorage.resize_, with which FSDP frees unsharded weights) keeps its old size here until an
+    operator touches it.
+    """
+
+    def __init__(self, ledger: StorageLedger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._see_all((args, kwargs))
+        result = func(*args, **kwargs)
+        self._see_all(result)
+        return result
+
+    def _see_all(self, tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._ledger.see(leaf)
+
+
+def storages_of(tensor: Tensor, device: torch.device) -> Iterator[torch.UntypedStorage]:
+    """The storages on `device` behind a tensor; of a wrapper (DTensor), those of its inner tensors.
+
+    Sparse and other opaque layouts have no storage of their own and yield nothing.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor):
+                yield from storages_of(inner, device)
+    elif tensor.layout is torch.strided and tensor.device == device:
+        yield tensor.untyped_storage()

@@ -1,0 +1,254 @@
+"""The training loop: one optimizer step after another, with evaluation, records, checkpoints and a clean stop."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from snell_scale.config import Config
+from snell_scale.data.batches import evaluation_batches, steps_per_epoch, training_batches
+from snell_scale.engines.checkpoint import save_checkpoint
+from snell_scale.instrument.divergence import Divergence, DivergenceWatch
+from snell_scale.instrument.memory import MemoryProbe
+from snell_scale.instrument.throughput import StepTimer
+from snell_scale.interfaces import Batch, DataBundle, Engine, Task, Tuner
+from snell_scale.optimization import AveragedWeights, learning_rate, trainable_parameters
+from snell_scale.progress import Progress
+from snell_scale.records import StepWriter
+
+
+@dataclass
+class Training:
+    """Everything that one training run consists of while it runs.
+
+    forward is what a training step calls: `model` itself or its compiled form, sharing its parameters.
+    """
+
+    config: Config
+    engine: Engine
+    tuner: Tuner
+    model: nn.Module
+    forward: nn.Module
+    task: Task
+    data: DataBundle
+    folder: Path
+    writer: StepWriter
+    timer: StepTimer
+    probe: MemoryProbe
+    progress: Progress
+    stop_requested: Callable[[], bool]
+    averages: AveragedWeights | None = None
+    watch: DivergenceWatch = field(default_factory=DivergenceWatch)
+    step: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: after the last step, at a signal, or with a loss that is not finite."""
+
+    interrupted: bool = False
+    divergence: Divergence | None = None
+
+
+def train(run: Training) -> Outcome:
+    """Train `run` from `run.step` to its last step; its best weights are then in `run.best_weights`."""
+    total = total_steps(run.config, run.data)
+    training, logging = run.config.training, run.config.logging
+    measured_step = run.step + min(logging.memory_at_step or 0, total - run.step)
+    batches = training_batches(
+        run.data.train,
+        batch_size=training.batch_size,
+        seed=run.config.seed,
+        start_step=run.step,
+        gradient_accumulation=training.gradient_accumulation,
+    )
+    run.progress.start(total, done=run.step)
+    while run.step < total:
+        if run.stop_requested():
+            _checkpoint(run)
+            return Outcome(interrupted=True)
+        step, epoch, is_epoch_start, microbatches = next(batches)
+        started = time.perf_counter()
+        figures = run.tuner.begin_step(step, epoch, is_epoch_start)
+        lr = _set_learning_rate(run, step, total)
+
+        measured = step + 1 == measured_step
+        run.timer.start()
+        loss, norms = _optimizer_step(run, microbatches, measured=measured)
+        run.timer.stop(training.batch_size, timed=not measured)
+        run.step = step + 1
+        run.watch.observe(run.step, loss, norms, norms_matter=not run.engine.skips_steps)
+
+        logs = run.step % logging.every_steps == 0 or run.step == total or bool(figures)
+        evaluates = run.step % run.config.evaluation.every_steps == 0 or run.step == total
+        saves = run.step == total or _is_multiple(run.step, run.config.checkpoint.every_steps)
+        # Reading the watch is a host sync on a GPU: only where the step's figures are read anyway.
+        if logs or evaluates or saves or run.engine.device.type == "cpu":
+            divergence = run.watch.read(run.engine.optimizer, run.model)
+            if divergence is not None:
+                return Outcome(divergence=divergence)
+        if logs:
+            _log(run, epoch, loss, norms, lr, time.perf_counter() - started, figures)
+        if evaluates:
+            _evaluate_and_keep_best(run)
+        if saves:
+            _checkpoint(run)
+    return Outcome()
+
+
+def total_steps(config: Config, data: DataBundle) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    return max(1, round(config.training.epochs * steps_per_epoch(data.train, config.training.batch_size)))
+
+
+def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
+    """The task's metrics on a whole split, every sample counted once; averaged weights where there are some."""
+    was_training = run.model.training
+    run.model.eval()
+    with _averaged(run), torch.no_grad(), run.engine.autocast():
+        sums: dict[str, Tensor] = {}
+        for batch in evaluation_batches(split, run.config.evaluation.batch_size):
+            part = run.task.sums(run.model, run.engine.move(batch))
+            sums = {key: sums[key] + value if key in sums else value for key, value in part.items()}
+    run.model.train(was_training)
+    return run.task.metrics(run.engine.sum(sums))
+
+
+def checkpoint_state(run: Training) -> dict[str, Any]:
+    """All that a resumed run needs to continue as if it had not stopped: tensors and plain values only."""
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if run.engine.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(run.engine.device)
+    return {
+        "step": run.step,
+        "weights": _trained_state(run.model),
+        "engine": run.engine.state_dict(),
+        "tuner": run.tuner.state_dict(),
+        "averages": run.averages.state_dict() if run.averages else None,
+        "best": {"value": run.best_value, "step": run.best_step, "weights": run.best_weights},
+        "rng": rng,
+    }
+
+
+def restore(run: Training, state: Mapping[str, Any]) -> None:
+    """The inverse of `checkpoint_state`."""
+    load_trained_state(run.model, state["weights"])
+    run.engine.load_state_dict(state["engine"])
+    run.tuner.load_state_dict(state["tuner"])
+    if run.averages is not None:
+        run.averages.load_state_dict(state["averages"])
+    best = state["best"]
+    run.step, run.best_value, run.best_step = state["step"], best["value"], best["step"]
+    run.best_weights = dict(best["weights"])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"], run.engine.device)
+
+
+@torch.no_grad()
+def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy saved trainable parameters and buffers into `module`, in place."""
+    live = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in state.items():
+        live[name].copy_(tensor)
+
+
+def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:
+    """Forward and backward over the microbatches, then one update. Returns (mean loss, group norms)."""
+    probe = run.probe if measured else None
+    losses = []
+    with probe or contextlib.nullcontext():
+        for batch in microbatches:
+            with _phase(probe, "forward"):
+                on_device = run.engine.move(batch)
+                with run.engine.autocast():
+                    loss = run.task(run.forward, on_device)["loss"] / len(microbatches)
+            with _phase(probe, "backward"):
+                run.engine.backward(loss)
+            losses.append(loss.detach())
+        with _phase(probe, "step"):
+            norms = run.engine.step(clip_grad_norm=run.config.training.clip_grad_norm)
+            run.tuner.end_step()
+            run.engine.zero_grad()
+            if run.averages is not None:
+                run.averages.update()
+    return torch.stack(losses).sum(), norms
+
+
+def _phase(probe: MemoryProbe | None, name: str) -> contextlib.AbstractContextManager[Any]:
+    return probe.phase(name) if probe is not None else contextlib.nullcontext()
+
+
+def _set_learning_rate(run: Training, step: int, total: int) -> float:
+    lr = learning_rate(step, total, run.config.training)
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _evaluate_and_keep_best(run: Training) -> None:
+    """Evaluate on the split that chooses, and keep a copy of the weights if they are the best so far."""
+    published = run.config.evaluation.protocol == "best-test"
+    split, name = (run.data.test, "test") if published else (run.data.validation, "validation")
+    metrics = evaluate(run, split)
+    run.writer.write({"step": run.step, "split": name, **metrics})
+    run.progress.evaluated(run.step, name, metrics)
+    value = metrics[run.task.metric]
+    if run.best_value is None or value > run.best_value:
+        run.best_value, run.best_step = value, run.step
+        with _averaged(run):
+            # On the host: a second copy of everything that trains would count against the device.
+            run.best_weights = {k: t.to("cpu", copy=True) for k, t in _trained_state(run.model).items()}
+
+
+def _log(
+    run: Training,
+    epoch: int,
+    loss: Tensor,
+    norms: Tensor,
+    lr: float,
+    seconds: float,
+    figures: dict[str, float],
+) -> None:
+    line = {"step": run.step, "epoch": epoch, "loss": loss.item(), "lr": lr}
+    line |= {"grad_norm": torch.linalg.vector_norm(norms).item(), "seconds": seconds, **figures}
+    run.writer.write(line)
+    run.progress.logged(line)
+
+
+def _checkpoint(run: Training) -> None:
+    keep = run.config.checkpoint.keep_last
+    save_checkpoint(run.folder / "checkpoints", run.step, checkpoint_state(run), keep_last=keep)
+
+
+def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+    trained = {name: p.detach() for name, p in trainable_parameters(module)}
+    return trained | {name: b.detach() for name, b in module.named_buffers()}
+
+
+@contextlib.contextmanager
+def _averaged(run: Training) -> Iterator[None]:
+    if run.averages is None:
+        yield
+        return
+    run.averages.swap()
+    try:
+        yield
+    finally:
+        run.averages.swap()
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

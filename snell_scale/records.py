@@ -1,0 +1,169 @@
+"""The record of a run on disk: its schema, an atomic writer and a reader. No torch: analysis reads with it.
+
+A run folder holds config.yaml (resolved), environment.json, steps.jsonl (one line per logged step or
+evaluation) and result.json. result.json exists from the moment a run ends, however it ended.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+SCHEMA_VERSION = 1
+Status = Literal["ok", "oom", "diverged", "interrupted", "failed"]
+STATUSES: tuple[str, ...] = get_args(Status)
+MEMORY_CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
+
+
+@dataclass(frozen=True)
+class Result:
+    """result.json. Bytes are bytes, times seconds; None where a run ended before the value existed.
+
+    metrics: split → metric → value, e.g. metrics["test"]["top1"] in percent.
+    memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"}}.
+    throughput: {"images_per_s", "step_ms_median", …}, as instrument.throughput reports it.
+    varied: the dotted keys in which this run differs from the others of its comparison.
+    protocol: "validation" (validation chooses, test reports once) or "best-test" (published, optimistic).
+    """
+
+    name: str
+    status: Status
+    method: str
+    model: str
+    dataset: str
+    task: str
+    engine: str
+    precision: str
+    seed: int
+    world_size: int
+    batch_size: int
+    protocol: str = "validation"
+    message: str | None = None
+    metric: str | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    best_step: int | None = None
+    steps: int = 0
+    total_steps: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    throughput: Mapping[str, float | None] = field(default_factory=dict)
+    memory: Mapping[str, Any] | None = None
+    divergence: Mapping[str, Any] | None = None
+    resumed_from_steps: tuple[int, ...] = ()
+    varied: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that `path` holds the old or the new content at every instant, whatever happens.
+
+    Non-finite numbers become null: JSON has none, and a reader must not choke on a diverged run.
+    """
+    write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Like `write_json`, as YAML that the config loader reads back."""
+    write_atomically(path, yaml.safe_dump(dict(content), sort_keys=False).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, fsync, rename over it, fsync the folder; the old file survives any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_result(folder: Path, result: Result) -> None:
+    write_json(folder / "result.json", asdict(result))
+
+
+def read_result(folder: Path) -> Result:
+    """The result in a run folder. ValueError names the file and what is wrong with it."""
+    path = folder / "result.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no result.json: the run has not ended, or this is no run folder"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        raise ValueError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}")
+    unknown = raw.keys() - {f.name for f in fields(Result)}
+    missing = {"name", "status", "method", "seed"} - raw.keys()
+    if unknown or missing or raw["status"] not in STATUSES:
+        raise ValueError(
+            f"{path}: unknown {sorted(unknown)}, missing {sorted(missing)}, status {raw.get('status')!r}"
+        )
+    return Result(**raw)
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl, in order; a last line cut short by a crash is left out."""
+    path = folder / "steps.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class StepWriter:
+    """Appends lines to steps.jsonl; each is flushed, so that a killed run keeps what it logged."""
+
+    def __init__(self, folder: Path, *, keep_until_step: int) -> None:
+        """Opens the file; lines of steps after `keep_until_step` (done again by a resumed run) are dropped."""
+        self._path = folder / "steps.jsonl"
+        kept = [line for line in read_steps(folder) if line["step"] <= keep_until_step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(line)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,53 @@
+"""Every model family, task, data set, method and engine by name, imported only when asked for."""
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+# kind → name → "module:attribute" of the component's config class (a StrictModel with `build` or `apply`).
+COMPONENTS: dict[str, dict[str, str]] = {
+    "model": {
+        "timm": "snell_scale.models.timm_models:TimmConfig",
+    },
+    "data": {
+        "digits": "snell_scale.data.embedded:DigitsConfig",
+    },
+    "task": {
+        "classification": "snell_scale.tasks.classification:ClassificationConfig",
+    },
+    "method": {
+        "probe": "snell_scale.tuners.methods.plain:ProbeConfig",
+        "bias": "snell_scale.tuners.methods.plain:BiasConfig",
+        "full": "snell_scale.tuners.methods.plain:FullConfig",
+        "lora": "snell_scale.tuners.methods.peft_methods:LoraMethodConfig",
+        "shira": "snell_scale.tuners.methods.peft_methods:ShiraMethodConfig",
+        "gps": "snell_scale.tuners.methods.gps:GpsConfig",
+        "klora": "snell_scale.tuners.methods.peft_methods:KloraMethodConfig",
+        "snell": "snell_scale.tuners.methods.peft_methods:SnellMethodConfig",
+        "snella": "snell_scale.tuners.methods.peft_methods:SnellaMethodConfig",
+    },
+    "engine": {
+        "single": "snell_scale.engines.single:SingleConfig",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of one kind ("model", "data", "task", "method", "engine")."""
+    return list(COMPONENTS[kind])
+
+
+def config_class(kind: str, name: object) -> type[Any]:
+    """The config class registered for (kind, name); ValueError naming the nearest name otherwise."""
+    known = COMPONENTS[kind]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{kind}.name is {name!r}, {nearest(str(name), list(known))}")
+    module, attribute = known[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """ "did you mean …?" and the whole list, for an error message."""
+    close = difflib.get_close_matches(word, valid, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"which is not known: {hint}Valid: {', '.join(sorted(valid))}."

@@ -1,0 +1,78 @@
+"""Opening a run's folder: new, to be continued, or already finished; never two different runs in one."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from snell_scale.config import Config, to_dict
+from snell_scale.records import Result, read_result
+
+_OURS = ("config.yaml", "environment.json", "steps.jsonl", "result.json", "adapter", "checkpoints")
+# What may differ between a run and its continuation: it changes what is written, not what is computed.
+_FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name")
+
+
+def find_finished(
+    folder: Path, config: Config, *, resume: Literal["never", "auto"], overwrite: bool
+) -> Result | None:
+    """The result in `folder` if the run is finished and resume is "auto"; None if there is something to run.
+
+    ValueError if the folder holds another run, or any run while neither resume nor overwrite was asked for.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder for the run; choose another name or output_dir")
+    existing = [name for name in _OURS if (folder / name).exists()]
+    if overwrite or not existing:
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"{folder} already holds a run ({', '.join(existing)}); continue it with --resume auto, replace it "
+            "with --overwrite, or set another name"
+        )
+    differing = _differences(folder, to_dict(config))
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with another config; it differs in {', '.join(differing)}. Undo that, use "
+            "--overwrite, or set another name"
+        )
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_result(folder)
+    return result if result.status == "ok" else None
+
+
+def prepare_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder; drop what an earlier run left there (overwrite), or only its result (to continue it)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _OURS if overwrite else ("result.json",):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose recorded value is not the wanted one."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged ({error}); use --overwrite to start over") from None
+    return [key for key in _compare(recorded, wanted, "") if key.split(".")[0] not in _FREE_KEYS]
+
+
+def _compare(recorded: Any, wanted: Any, prefix: str) -> list[str]:
+    if isinstance(recorded, Mapping) and isinstance(wanted, Mapping):
+        keys = sorted(recorded.keys() | wanted.keys())
+        return [
+            name
+            for key in keys
+            for name in _compare(recorded.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if recorded == wanted else [prefix]

@@ -1,0 +1,138 @@
+"""GPS: sparse tuning of the weights with the largest gradients, as published, with dense gradients and moments.
+
+Zhang et al., Gradient-based Parameter Selection, arXiv 2312.10136; github.com/FightingFighting/GPS @ c050245 :
+utils/pruning.py, train_gps.py.
+
+In every row (output neuron) of every weight matrix the `per_neuron` entries train whose gradient, summed over the
+training data before training, is largest in magnitude. Biases train whole, norms and position embeddings not at
+all; the head trains whole. Gradients are computed densely and masked, and the whole matrix is in the optimizer:
+GPS saves parameters on disk, not memory.
+
+Differences: the gradient is the task's own (the published runs take a supervised contrastive loss on two views;
+their code has this choice too), the mask is one byte per entry, and frozen tensors are not in the optimizer.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from snell_scale.interfaces import ModelBundle
+from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, always_trained, train_only
+from snell_scale.tuners.methods.trained_file import trained_tensors, write_trained
+
+_FROZEN_ENDINGS = ("pos_embed", "_token")
+_WHOLE = ("bias", "gamma")
+
+
+class GpsConfig(MethodConfig):
+    """GPS: per output neuron, the weights with the largest gradients; dense memory. Ignores r and targets."""
+
+    name: Literal["gps"] = "gps"
+    per_neuron: int = Field(1, gt=0, description="Weights tuned per output neuron (published: 1 to 5).")
+
+    def apply(self, bundle: ModelBundle, *, total_steps: int, steps_per_epoch: int, seed: int) -> "GpsTuner":
+        return GpsTuner(bundle, self)
+
+
+class GpsTuner(ModuleTuner):
+    """Selects once, then masks every gradient as it arrives; see `interfaces.Tuner`."""
+
+    needs_selection = True
+
+    def __init__(self, bundle: ModelBundle, config: GpsConfig) -> None:
+        whole, matrices = _roles(bundle, train_extra=config.train_extra)
+        train_only(bundle.module, whole | matrices.keys())
+        # A masked gradient leaves Adam's update of an entry at exactly 0; weight decay would still move it.
+        super().__init__(bundle.module, no_decay=bundle.no_decay | matrices.keys())
+        self._config = config
+        self._matrices = matrices
+        self._chosen: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+
+    def num_trainable(self) -> int:
+        unmasked = super().num_trainable() - sum(p.numel() for p in self._matrices.values())
+        return unmasked + sum(len(p) * self._count(p) for p in self._matrices.values())
+
+    def select(self, losses: Iterator[Tensor]) -> None:
+        """Sum the gradients of `losses` and choose the largest in each row. ValueError if all are zero."""
+        for loss in losses:
+            loss.backward()
+        gradients = {name: p.grad for name, p in self._matrices.items() if p.grad is not None}
+        if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            raise ValueError(
+                "GPS found no gradient, or one that is not finite, to select by; check data and precision"
+            )
+        if not any(bool(gradient.any()) for gradient in gradients.values()):
+            raise ValueError(
+                "GPS selects by gradient, and every gradient is zero: is the head all zeros? Use another head"
+            )
+        self._use({name: self._largest(p) for name, p in self._matrices.items()})
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
+        assert self._masks, "select() comes before the first step"
+        return super().begin_step(step, epoch, is_epoch_start)
+
+    def save(self, folder: Path) -> int:
+        tensors = trained_tensors(self.module)
+        return write_trained(folder, tensors, method=self._config.model_dump(mode="json"), chosen=self._chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chosen": self._chosen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state.get("chosen", {})) != set(self._matrices):
+            raise ValueError(
+                "the checkpoint's selection is of other weights than this model's; start the run anew"
+            )
+        self._use(state["chosen"])
+
+    def _largest(self, parameter: nn.Parameter) -> Tensor:
+        """Flat indices, ascending within a row, of the entries of each row with the largest |gradient|."""
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        rows = gradient.flatten(1).abs()
+        columns = rows.topk(self._count(parameter), dim=1).indices.sort(dim=1).values
+        return (columns + torch.arange(len(rows), device=rows.device).unsqueeze(1) * rows.shape[1]).flatten()
+
+    def _count(self, parameter: nn.Parameter) -> int:
+        return min(self._config.per_neuron, parameter[0].numel())
+
+    def _use(self, chosen: Mapping[str, Tensor]) -> None:
+        """Mask the gradients from now on, as soon as they are complete, before they are reduced or clipped."""
+        is_first = not self._masks
+        for name, parameter in self._matrices.items():
+            mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+            mask[chosen[name].to(mask.device)] = True
+            self._masks[name] = mask.view_as(parameter)
+            self._chosen[name] = chosen[name].detach().cpu()
+            if is_first:
+                parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._mask(p, name))
+
+    @torch.no_grad()
+    def _mask(self, parameter: Tensor, name: str) -> None:
+        assert parameter.grad is not None
+        if self._masks[name].device != parameter.device:
+            self._masks[name] = self._masks[name].to(parameter.device)
+        parameter.grad.mul_(self._masks[name])
+
+
+def _roles(bundle: ModelBundle, *, train_extra: bool) -> tuple[set[str], dict[str, nn.Parameter]]:
+    """(names trained whole, name → matrix of which some entries train); what is in neither is frozen."""
+    parameters = dict(bundle.module.named_parameters())
+    norms = {name for name, child in bundle.module.named_modules() if "norm" in type(child).__name__.lower()}
+    whole = always_trained(bundle, train_extra=train_extra)
+    matrices: dict[str, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        is_norm = "norm" in name or name.rpartition(".")[0] in norms
+        if name in whole or is_norm or name.endswith(_FROZEN_ENDINGS):
+            continue
+        if any(word in name for word in _WHOLE):
+            whole.add(name)
+        elif parameter.ndim >= 2:
+            matrices[name] = parameter
+    return whole, matrices

@@ -1,0 +1,71 @@
+"""Connects the SNELLA layers of any module to the allocator: reads factors and gradients, writes sparsities."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from snell_scale.tuners.snell.layer import SnellLayer
+from snell_scale.tuners.snella.allocator import FactorStep, SparsityAllocator
+from snell_scale.tuners.snella.config import SnellaConfig
+
+
+class SparsityCompetition:
+    """The training side of one SNELLA adapter. SnellaModel has one; after `inject_adapter_in_model`, make one.
+
+    Scores are a pure function of factors and gradients: ranks that hold equal ones allocate equally.
+    """
+
+    def __init__(self, model: nn.Module, config: SnellaConfig, *, adapter_name: str = "default") -> None:
+        """Raises ValueError where `config` cannot train or `model` has no SNELLA layer of that adapter."""
+        self._adapter_name = adapter_name
+        self._layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, SnellLayer) and adapter_name in layer.snell_sparsity
+        }
+        if not self._layers:
+            raise ValueError(
+                f"no SNELLA layer of an adapter {adapter_name!r} in this model: add the adapter first"
+            )
+        matrices = {
+            name: (layer.snell_plan[adapter_name].num_groups, layer.matrix_size(adapter_name))
+            for name, layer in self._layers.items()
+        }
+        self._allocator = SparsityAllocator(matrices, config.schedule(), beta1=config.beta1, beta2=config.beta2)
+
+    def update_scores(self) -> None:
+        """Call after each optimizer.step() and before zero_grad: takes the new factors and the gradients used."""
+        name = self._adapter_name
+        self._allocator.update(
+            {
+                key: FactorStep(
+                    A=layer.snell_A[name],
+                    B=layer.snell_B[name],
+                    dA=layer.snell_A[name].grad,
+                    dB=layer.snell_B[name].grad,
+                )
+                for key, layer in self._layers.items()
+            }
+        )
+
+    def allocate(self, tick: int) -> dict[str, list[float]] | None:
+        """Call at the start of every tick, from 0: sets each matrix's sparsity where the schedule says so.
+
+        Returns layer name → sparsity of each stacked matrix, None where nothing changed.
+        """
+        if any(layer.merged for layer in self._layers.values()):
+            raise ValueError("cannot change sparsities while the adapter is merged: call unmerge_adapter first")
+        allocation = self._allocator.allocate(tick)
+        for key, shares in (allocation or {}).items():
+            sparsity = self._layers[key].snell_sparsity[self._adapter_name]
+            sparsity.copy_(torch.tensor(shares, dtype=torch.float64))
+        return allocation
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The allocator's moving averages; the sparsities themselves are part of the model's state."""
+        return self._allocator.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue as the competition that the state was taken from."""
+        self._allocator.load_state_dict(state)
