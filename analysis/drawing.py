@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH_INCHES = 5.5  # the text width of a paper; in a report, wide enough for a phone
+WIDTH_INCHES = 4.8  # fits a paper, and leaves the text readable on a phone
 FOREGROUND = "foreground"  # black on white, white on black
 # Okabe and Ito's colour-blind-safe set, without its yellow (too pale on white), and a grey.
 _METHOD_STYLES = {
@@ -54,6 +54,7 @@ _FONT = {
     "axes.grid": True,
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a "$" in a label is a "$"
     "savefig.dpi": 200,
     "svg.hashsalt": "snell-scale",  # equal data give equal files
 }

@@ -59,14 +59,22 @@ def memory_by_category(table: pd.DataFrame, *, name: str = "memory-categories") 
 
     def draw() -> Figure:
         figure, axes = new_figure(height_inches=0.9 + 0.3 * len(rows))
-        starts = np.zeros(len(rows))
+        positions, starts = np.arange(len(rows)), np.zeros(len(rows))
         for category, key in zip(MEMORY_CATEGORIES, PEAKS, strict=True):
             widths = rows[key].to_numpy(dtype=float)
-            axes.barh(labels, widths, left=starts, height=0.68, color=CATEGORY_COLORS[category], label=category)
+            axes.barh(
+                positions, widths, left=starts, height=0.68, color=CATEGORY_COLORS[category], label=category
+            )
             starts += widths
+        axes.set_yticks(positions, [_on_two_lines(label) for label in labels])
         for position, total in enumerate(rows["peak_total_mib"]):
             axes.annotate(
-                size(total), (total, position), (4, 0), textcoords="offset points", va="center", fontsize=8
+                size(total),
+                (total, position),
+                (4, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontsize=8,
             )
         axes.invert_yaxis()
         axes.margins(x=0.1)
@@ -109,10 +117,8 @@ def training_curves(curves: pd.DataFrame, metric: str, styles: Styles) -> Pictur
         return figure
 
     last = curves.sort_values("step").groupby(["label", "folder"], as_index=False)["value"].last()
-    spread = last.groupby("label")["value"].agg(["mean", "std"])
-    told = [
-        f"{row['label']} ends at {mean_and_std(row['mean'], row['std'])}" for row in rows_of(spread.reset_index())
-    ]
+    ends = rows_of(last.groupby("label")["value"].agg(["mean", "std"]).reset_index())
+    told = [f"{row['label']} ends at {mean_and_std(row['mean'], row['std'])}" for row in ends]
     alt = f"Line plot of {_name(metric)} on {split} against the optimizer step: {'; '.join(told)}."
     return Picture("training-curves", f"{_name(metric)} on {split} during training", alt, draw)
 
@@ -171,8 +177,8 @@ def study_bars(table: pd.DataFrame, metric: str, *, name: str) -> Picture | None
                 axes.errorbar(row["score_mean"], position, xerr=error, color=text_color(), capsize=2.5)
             text = f"{score(row)}  (n={row['n']})"
             place = (row["score_mean"] + error, position)
-            axes.annotate(text, place, (5, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(range(len(rows)), list(rows["label"]))
+            axes.annotate(text, place, (5, 0), textcoords="offset points", va="center_baseline", fontsize=8)
+        axes.set_yticks(range(len(rows)), [_on_two_lines(label) for label in rows["label"]])
         axes.invert_yaxis()
         axes.margins(x=0.28)
         axes.grid(visible=False, axis="y")
@@ -190,6 +196,11 @@ def _ok(table: pd.DataFrame, *needed: str) -> pd.DataFrame:
 
 def _told(rows: pd.DataFrame) -> str:
     return "; ".join(f"{r['label']} {score(r)}" for r in rows_of(rows))
+
+
+def _on_two_lines(label: str) -> str:
+    """A long label would leave the bars no room."""
+    return label.replace(", ", ",\n", 1) if len(label) > 24 else label
 
 
 def _with_status(row: Row) -> str:

@@ -42,7 +42,7 @@ def with_labels(runs: pd.DataFrame, *, leave_out: Sequence[str] = ()) -> pd.Data
     for method, group in runs.groupby("method"):
         different = [key for key in keys if group[key].nunique(dropna=False) > 1]
         for index, run in zip(group.index, rows_of(group), strict=True):
-            parts = [f"{names[key]}={value_text(run[key])}" for key in different if not pd.isna(run[key])]
+            parts = [_part(names[key], run[key]) for key in different if not pd.isna(run[key])]
             if several_methods or not parts:
                 parts.insert(0, method_name(str(method)))
             labels[index] = ", ".join(parts)
@@ -75,7 +75,9 @@ def varied_keys(runs: pd.DataFrame) -> list[str]:
 
 def value_text(value: Any) -> str:
     """A varied value as a person writes it."""
-    return f"{value:g}" if is_number(value) else str(value)
+    if is_number(value):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def is_number(value: Any) -> bool:
@@ -101,6 +103,11 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
         key: name if last.count(name) == 1 else key.removeprefix("varied.")
         for key, name in zip(keys, last, strict=True)
     }
+
+
+def _part(name: str, value: Any) -> str:
+    """A case and a config file are named by their value alone: a person chose it to be a name."""
+    return str(value) if name in ("case", "config") else f"{name}={value_text(value)}"
 
 
 def _rank(method: str) -> int:

@@ -8,7 +8,7 @@ CSS = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
-body { margin: 0 auto; padding: clamp(1rem, 4vw, 3rem); max-width: 72rem; color: var(--ink);
+body { margin: 0 auto; padding: clamp(1rem, 4vw, 3rem); max-width: 80rem; color: var(--ink);
   background: var(--ground); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: clamp(1.5rem, 5vw, 2.2rem); line-height: 1.2; margin: 0 0 .5rem; text-wrap: balance; }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 0 0 .75rem; }
@@ -26,26 +26,30 @@ nav li + li { margin: 0; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--ground); }
 .scroll + .scroll { margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem;
-  position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2.2rem)); }
-th, td { padding: .45rem .6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+caption { text-align: left; padding: .6rem; position: sticky; left: 0;
+  max-width: min(46rem, calc(100vw - 2.2rem)); }
+th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 thead th { background: var(--panel); border-top: 0; padding: 0; vertical-align: bottom; line-height: 1.25; }
-table:not(.sortable) thead th { padding: .45rem .75rem; }
+table:not(.sortable) thead th { padding: .4rem .6rem; }
 tbody th { font-weight: 600; background: var(--ground); }
-.sortable tbody th { position: sticky; left: 0; box-shadow: 1px 0 0 var(--line); min-width: 7rem; }
+table:not(.sortable) tbody th { width: 16rem; }
+.sortable tbody th { position: sticky; left: 0; box-shadow: 1px 0 0 var(--line); min-width: 8.5rem; }
+.sortable td { white-space: nowrap; }
 @media (min-width: 48rem) { .sortable tbody th { white-space: nowrap; } }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
 tbody tr:hover > * { background: var(--panel); }
-th button { font: inherit; font-size: .8125rem; font-weight: 600; color: inherit; background: none; border: 0; width: 100%;
-  padding: .55rem .6rem; text-align: inherit; cursor: pointer; text-decoration: underline dotted var(--faint); text-underline-offset: .25em; }
+th button { font: inherit; font-size: .8125rem; font-weight: 600; color: inherit; background: none; border: 0;
+  width: 100%; padding: .55rem .6rem; text-align: inherit; cursor: pointer;
+  text-decoration: underline dotted var(--faint); text-underline-offset: .25em; }
 th button:hover { color: var(--accent); }
 th button::after { font-size: .85em; }
 th[aria-sort=ascending] button::after { content: "\\00a0\\2191"; }
 th[aria-sort=descending] button::after { content: "\\00a0\\2193"; }
 .bad { color: var(--bad); font-weight: 600; }
-.code code { white-space: nowrap; user-select: all; }
+.code code { user-select: all; }
 code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-small { display: block; color: var(--faint); font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; }
+small { display: block; color: var(--faint); font-weight: 400; width: 16rem; white-space: normal;
+  overflow-wrap: anywhere; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 figure { margin: 0 0 2.5rem; }
 .figures { display: grid; gap: 1rem 2.5rem;

@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str, note: str |
     write_tables(table, shown, output)
     for picture, _ in pictures:
         write_png(picture, output)
-    told = [*sentences(table, runs), protocol_sentence(runs)]
+    told = [*sentences(table, runs), protocol_sentence(runs.loc[runs["compared"]])]
     figures = "".join(figure(picture, caption) for picture, caption in pictures)
     sections = [
         Section("summary", "Summary", paragraph(told[0], kind="finding") + bullets(told[1:])),

@@ -18,7 +18,8 @@ _MAX_VALUES_SHOWN = 3
 
 
 def lead(runs: pd.DataFrame) -> str:
-    """How many runs of what, in one line."""
+    """How many compared runs of what, in one line."""
+    runs = runs.loc[runs["compared"]]
     counts = f"{len(runs)} runs, {runs['method'].nunique()} methods, seeds {_enumerated(runs['seed'])}"
     about = "; ".join(f"{name} {_enumerated(runs[name])}" for name in ("dataset", "model", "engine", "precision"))
     return paragraph(f"{counts}. {about}.".replace(". dataset", ". Dataset"), kind="lead")

@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         written = [
-            path for folder in options.runs for path in write_study(folder, options.output, key=options.key)
+            path
+            for folder in options.runs
+            for path in write_study(folder, options.output, key=options.key, memory_only=options.memory_only)
         ]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -30,23 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_study(folder: Path, output: Path, *, key: str | None = None) -> list[Path]:
+def write_study(folder: Path, output: Path, *, key: str | None = None, memory_only: bool = False) -> list[Path]:
     """Write <study>.md, .csv, .tex, <study>.png and <study>-memory.png to `output`; returns the paths.
 
     key: the varied key of the line, e.g. "method.sparsity"; None takes the one with the most numbers. Where
-    no key has at least three numbers, the cases are bars.
+    no key has at least three numbers, the cases are bars. memory_only: for runs whose score means nothing;
+    no score is written, and <study>.png is the memory.
     ValueError: no runs, runs of different metrics, or a key that the study does not vary.
     """
     runs = load_runs([folder])
     name, metric = folder.resolve().name, metric_of(runs)
     table = comparison(runs)
-    shown = columns(table, metric, first="Case")
+    shown = columns(table, metric, first="Case", with_score=not memory_only)
     print_table(table, shown, title=f"{name}: mean ± standard deviation over n seeds")
     paths = write_tables(table, shown, output, name=name)
-    pictures = (
-        _study_picture(runs, table, metric, _line_key(table, key), name=name),
-        memory_by_category(table, name=f"{name}-memory"),
-    )
+    pictures = [memory_by_category(table, name=name if memory_only else f"{name}-memory")]
+    if not memory_only:
+        pictures.append(_study_picture(runs, table, metric, _line_key(table, key), name=name))
     return paths + [write_png(picture, output) for picture in pictures if picture is not None]
 
 
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", type=Path, metavar="RUNS", help="the folder of a study's runs; each is one study"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where tables and pictures go")
+    parser.add_argument("--memory-only", action="store_true", help="the scores mean nothing: leave them out")
     parser.add_argument("--key", help="the varied key of the line, e.g. method.sparsity (default: found)")
     return parser
 

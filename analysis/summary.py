@@ -1,7 +1,8 @@
 """What the data say, in sentences: made from the comparison's numbers, and honest about their spread."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
@@ -16,13 +17,14 @@ _BASELINES = ("lora", "full")
 def sentences(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """The best method, SNELL and SNELLA beside LoRA and full fine-tuning, then whatever limits these."""
     metric = metric_of(runs)
-    told = [_best(table, metric)]
-    for subject in _SUBJECTS:
-        for baseline in _BASELINES:
-            row, other = _chosen(table, subject), _chosen(table, baseline)
-            if row is not None and other is not None:
-                told.append(_against(row, other, metric=metric))
-    return told + _variants(table) + _failures(runs) + _few_seeds(table) + _unlike(runs)
+    pairs = []
+    for subject, baseline in itertools.product(_SUBJECTS, _BASELINES):
+        row, other = _chosen(table, subject), _chosen(table, baseline)
+        if row is not None and other is not None:
+            pairs.append((row, other))
+    told = [_best(table, metric), *(_against(row, other, metric=metric) for row, other in pairs)]
+    spoken_of = {row["method"] for pair in pairs for row in pair}
+    return told + _variants(table, spoken_of) + _failures(runs) + _few_seeds(table) + _unlike(runs)
 
 
 def protocol_sentence(runs: pd.DataFrame) -> str:
@@ -92,10 +94,10 @@ def _score_difference(row: Row, other: Row, metric: str) -> str:
     return f"{found} in {metric_name(metric)} ({score(row)} against {score(other)}; mean ± std {spread})"
 
 
-def _variants(table: pd.DataFrame) -> list[str]:
+def _variants(table: pd.DataFrame, methods: Collection[str]) -> list[str]:
     """Which variant of a method the comparison speaks of, where there are several."""
     several = []
-    for method in (*_SUBJECTS, *_BASELINES):
+    for method in sorted(methods):
         rows, chosen = _ok_rows(table, method), _chosen(table, method)
         if len(rows) > 1 and chosen is not None:
             by = "the best on validation" if _all_validated(rows) else "the first"
@@ -124,9 +126,10 @@ def _unlike(runs: pd.DataFrame) -> list[str]:
     """Settings that differ between compared runs; a fair comparison of methods differs in none."""
     compared = runs.loc[runs["compared"]]
     told = []
-    alone = len(runs) - len(compared)
-    if alone:
-        told.append(f"{alone} run(s) found beside the comparison are only in the list of runs.")
+    beside = list(runs.loc[~runs["compared"], "name"])
+    if beside:
+        are = "was found beside the comparison and is" if len(beside) == 1 else "were found beside it and are"
+        told.append(f"{_listed(beside)} {are} in the list of runs only.")
     varied = varied_keys(compared)
     for setting in SETTINGS:
         values = sorted({str(value) for value in compared[setting]})

@@ -60,8 +60,11 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def columns(table: pd.DataFrame, metric: str, *, first: str = "Method") -> list[Column]:
-    """How `comparison`'s rows are shown; the status has a column where one is not ok."""
+def columns(table: pd.DataFrame, metric: str, *, first: str = "Method", with_score: bool = True) -> list[Column]:
+    """How `comparison`'s rows are shown; the status has a column where one is not ok.
+
+    with_score=False: for runs that only measure, whose score means nothing.
+    """
     shown = [
         Column(first, "label", lambda row: row["label"], is_number=False),
         Column("Trained %", "trainable_percent", lambda row: number(row["trainable_percent"], digits=2)),
@@ -75,8 +78,12 @@ def columns(table: pd.DataFrame, metric: str, *, first: str = "Method") -> list[
         Column("Images/s", "images_per_s", lambda row: number(row["images_per_s"], digits=0)),
         Column("Adapter KiB", "adapter_kib", lambda row: size(row["adapter_kib"])),
     ]
+    if not with_score:
+        shown = [column for column in shown if column.key != "score_mean"]
     if (table["status"] != "ok").any():
-        shown.insert(1, Column("Status", "status", lambda row: row["status"], is_number=False))
+        shown.insert(
+            4 if with_score else 3, Column("Status", "status", lambda row: row["status"], is_number=False)
+        )
     return shown
 
 

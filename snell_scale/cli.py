@@ -209,15 +209,14 @@ def _escaped(error: object) -> str:
 def _spread_grid(arguments: list[str]) -> list[str]:
     """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`: the option takes every key=value that follows it."""
     spread: list[str] = []
+    previous = ""
     in_grid = False
     for argument in arguments:
-        if argument == "--grid":
-            in_grid = True
-        elif in_grid and "=" in argument and not argument.startswith("-"):
-            spread += ["--grid", argument]
-        else:
-            in_grid = False
-            spread.append(argument)
+        in_grid = argument == "--grid" or (in_grid and "=" in argument and not argument.startswith("-"))
+        if in_grid and argument != "--grid" and previous != "--grid":
+            spread.append("--grid")
+        spread.append(argument)
+        previous = argument
     return spread
 
 

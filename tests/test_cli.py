@@ -115,7 +115,7 @@ def test_a_study_runs_every_combination_and_survives_a_failing_one(tiny_file: Pa
     raw["training"]["steps"] = 2
     raw["cases"] = {"sparse": {"method.sparsity": 0.9}, "broken": {"method.targets": "nothing_like_this"}}
     raw["grid"] = {"seed": [0, 1]}
-    tiny_file.write_text(yaml.safe_dump(raw))
+    tiny_file.write_text(yaml.safe_dump(raw, sort_keys=False))
     planned = plan_study([tiny_file], grid={}, overrides=[], name="study", config_class=registry.config_class)
     assert [p.config.name for p in planned] == [
         "study/sparse-seed0", "study/sparse-seed1", "study/broken-seed0", "study/broken-seed1",

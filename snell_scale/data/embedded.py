@@ -26,12 +26,16 @@ class DigitsConfig(StrictModel):
     classes: tuple[int, ...] = Field(
         strict=False, description="Digits to tell apart, e.g. [5, 6, 7, 8, 9]; label 0 is the smallest of them."
     )
-    image_size: int = Field(_NATIVE_SIZE, ge=_NATIVE_SIZE, description="Pixels; above 8 by bilinear enlargement.")
-    train_per_class: int | None = Field(None, gt=0)
-    train_fraction: float | None = Field(None, gt=0, lt=1, description="Share of each class; or train_per_class.")
-    validation_per_class: int | None = Field(None, gt=0)
-    validation_fraction: float | None = Field(None, gt=0, lt=1, description="Or validation_per_class.")
-    shift_pixels: int = Field(0, ge=0, description="Training images move up to so many pixels each way.")
+    image_size: int = Field(
+        default=_NATIVE_SIZE, ge=_NATIVE_SIZE, description="Pixels; above 8 by bilinear enlargement."
+    )
+    train_per_class: int | None = Field(default=None, gt=0)
+    train_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of each class; or train_per_class."
+    )
+    validation_per_class: int | None = Field(default=None, gt=0)
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1, description="Or validation_per_class.")
+    shift_pixels: int = Field(default=0, ge=0, description="Training images move up to so many pixels each way.")
 
     @model_validator(mode="after")
     def _check(self) -> "DigitsConfig":

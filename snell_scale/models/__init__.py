@@ -1,0 +1,1 @@
+"""Model families: each builds a module and the data that tuners and engines need of it."""

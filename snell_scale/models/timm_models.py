@@ -29,11 +29,13 @@ class TimmConfig(StrictModel):
     architecture: str = Field(
         min_length=1, description="Any timm name, or 'vision_transformer' with `arguments` (embed_dim, depth, …)."
     )
-    arguments: dict[str, Any] = Field({}, description="Further arguments of the timm model.")
+    arguments: dict[str, Any] = Field(default={}, description="Further arguments of the timm model.")
     weights: str | None = Field(
-        None, description="A .safetensors file, 'pretrained' (timm's own, from its hub), or null: random."
+        default=None, description="A .safetensors file, 'pretrained' (timm's own, from its hub), or null: random."
     )
-    head: Literal["keep", "new"] = Field("new", description="Whether the classifier in `weights` is loaded.")
+    head: Literal["keep", "new"] = Field(
+        default="new", description="Whether the classifier in `weights` is loaded."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TimmConfig":

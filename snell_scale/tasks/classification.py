@@ -16,7 +16,7 @@ class ClassificationConfig(StrictModel):
     """Single-label classification with cross entropy; reports top-1 (and top-5) accuracy in percent."""
 
     name: Literal["classification"] = "classification"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the training loss only.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Of the training loss only.")
 
     def build(self, *, class_names: Sequence[str]) -> "Classification":
         return Classification(num_classes=len(class_names), label_smoothing=self.label_smoothing)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snell_scale.data.batches import evaluation_batches, num_samples
 from snell_scale.data.embedded import DigitsConfig
-from snell_scale.interfaces import Batch, DataBundle
+from snell_scale.interfaces import Batch, DataBundle, SampleKey
 
 
 def config(**changes: Any) -> DigitsConfig:
@@ -23,8 +23,12 @@ def whole(split: Any) -> Batch:
     return next(evaluation_batches(split, num_samples(split)))
 
 
-def fingerprints(images: Tensor, labels: Tensor) -> Counter[tuple[int, bytes]]:
-    return Counter((int(y), x.numpy().tobytes()) for x, y in zip(images, labels, strict=True))
+def images(split: Any, keys: list[SampleKey]) -> Tensor:
+    return split.__getitems__(keys)["image"]
+
+
+def fingerprints(pictures: Tensor, labels: Tensor) -> Counter[tuple[int, bytes]]:
+    return Counter((int(y), x.numpy().tobytes()) for x, y in zip(pictures, labels, strict=True))
 
 
 def test_the_three_splits_together_are_exactly_the_chosen_classes() -> None:
@@ -36,14 +40,14 @@ def test_the_three_splits_together_are_exactly_the_chosen_classes() -> None:
     raw, digits = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     expected: Counter[tuple[int, bytes]] = Counter()
     for label, digit in enumerate((5, 6, 9)):
-        images = raw[digits == digit].view(-1, 1, 8, 8).round().to(torch.uint8)
-        expected += fingerprints(images, torch.full((len(images),), label))
+        originals = raw[digits == digit].view(-1, 1, 8, 8).round().to(torch.uint8)
+        expected += fingerprints(originals, torch.full((len(originals),), label))
     assert found == expected  # a partition: nothing twice, nothing lost, labels in sorted order of the digits
 
 
-def pixels(images: Tensor) -> Tensor:
+def pixels(normalised: Tensor) -> Tensor:
     """Undo the normalisation: the original integers 0 to 16."""
-    return ((images * 0.3760 + 0.3053) * 16).round().to(torch.uint8)
+    return ((normalised * 0.3760 + 0.3053) * 16).round().to(torch.uint8)
 
 
 def test_splits_are_stratified_and_the_rest_is_the_test_split() -> None:
@@ -76,11 +80,11 @@ def test_the_seed_chooses_the_split_and_other_classes_do_not_change_it() -> None
 
 def test_all_images_together_are_normalised() -> None:
     bundle = config(classes=list(range(10))).build(seed=0)
-    images = torch.cat([whole(s)["image"] for s in (bundle.train, bundle.validation, bundle.test)])
-    assert len(images) == 1797
+    everything = torch.cat([whole(s)["image"] for s in (bundle.train, bundle.validation, bundle.test)])
+    assert len(everything) == 1797
     # the constants have four decimals
-    assert abs(images.mean()) < 1e-3
-    assert abs(images.std() - 1) < 1e-3
+    assert abs(everything.mean()) < 1e-3
+    assert abs(everything.std() - 1) < 1e-3
 
 
 def test_shifts_move_training_images_by_up_to_the_stated_pixels() -> None:
@@ -91,9 +95,14 @@ def test_shifts_move_training_images_by_up_to_the_stated_pixels() -> None:
     total = len(still)
     seen = set()
     for epoch in range(4):
-        images = moving.train.__getitems__([(index, epoch) for index in range(total)])["image"][:, 0]
-        for index, image in enumerate(images):
-            fits = [(r, c) for r in range(5) for c in range(5) if torch.equal(image, padded[index, r : r + 8, c : c + 8])]
+        shifted = images(moving.train, [(index, epoch) for index in range(total)])[:, 0]
+        for index, image in enumerate(shifted):
+            fits = [
+                (r, c)
+                for r in range(5)
+                for c in range(5)
+                if torch.equal(image, padded[index, r : r + 8, c : c + 8])
+            ]
             assert fits, "not a window into the padded original"
             seen.update(fits if len(fits) == 1 else [])
     assert seen == {(r, c) for r in range(5) for c in range(5)}
@@ -103,19 +112,19 @@ def test_a_shift_is_a_function_of_seed_index_and_epoch() -> None:
     keys = [(index, 5) for index in range(120)]
     first, again, other_seed = (config(shift_pixels=1).build(seed=s).train for s in (0, 0, 1))
     later = [(index, 6) for index in range(120)]
-    assert torch.equal(first.__getitems__(keys)["image"], again.__getitems__(keys)["image"])
-    assert not torch.equal(first.__getitems__(keys)["image"], first.__getitems__(later)["image"])
-    assert not torch.equal(first.__getitems__(keys)["image"], other_seed.__getitems__(keys)["image"])
-    shuffled = first.__getitems__(keys[::-1])["image"].flip(0)
-    assert torch.equal(first.__getitems__(keys)["image"], shuffled)
+    assert torch.equal(images(first, keys), images(again, keys))
+    assert not torch.equal(images(first, keys), images(first, later))
+    assert not torch.equal(images(first, keys), images(other_seed, keys))
+    shuffled = images(first, keys[::-1]).flip(0)
+    assert torch.equal(images(first, keys), shuffled)
 
 
 def test_validation_and_test_are_never_shifted() -> None:
     moving, still = config(shift_pixels=2).build(seed=0), config().build(seed=0)
     for name in ("validation", "test"):
         split = getattr(moving, name)
-        later = split.__getitems__([(index, 3) for index in range(num_samples(split))])
-        assert torch.equal(later["image"], whole(getattr(still, name))["image"])
+        later = images(split, [(index, 3) for index in range(num_samples(split))])
+        assert torch.equal(later, whole(getattr(still, name))["image"])
 
 
 def test_larger_images_are_the_same_digits_enlarged() -> None:

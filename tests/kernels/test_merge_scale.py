@@ -52,6 +52,14 @@ def test_a_fixed_scale_is_larger_in_small_layers() -> None:
     assert ratio == pytest.approx(32, rel=0.10)
 
 
+@pytest.mark.parametrize("weighting", ["magnitude", "soft", "hard"])
+def test_the_scale_is_nothing_but_the_size_of_the_factors(weighting: str) -> None:
+    """c κ(A, B) = κ(c A, c B); 4 is a power of two, so equal to the last bit."""
+    A, B = (torch.randn(2, size, 3, generator=torch.Generator().manual_seed(size)) for size in (9, 7))
+    scaled = delta_weight(A, B, sparsity=0.5, weighting=weighting, scale=4.0)
+    assert torch.equal(scaled, delta_weight(4 * A, 4 * B, sparsity=0.5, weighting=weighting, scale=1.0))
+
+
 @pytest.mark.parametrize(
     "sizes", [(0, 8, 4, 2), (8, 0, 4, 2), (8, 8, 0, 2), (8, 8, 4, 0), (8, 8, 4, 3), (8, 8, 2, 4)]
 )

@@ -4,9 +4,11 @@ from typing import Any
 
 import timm
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from snell_scale.tuners import SnellaConfig, SnellConfig
+from snell_scale.tuners import SnellaConfig, SnellaModel, SnellConfig, SnellModel
+from snell_scale.tuners.snell import SnellLayer
 
 VIT_TARGETS = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 METHODS = ("snell", "snella")
@@ -64,7 +66,23 @@ def images(count: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def train(model: nn.Module, *, ticks: range = range(3), competes: bool = False, lr: float = 1e-2) -> list[float]:
+def snell_layers(model: nn.Module) -> dict[str, SnellLayer]:
+    """The adapted layers by their names in the base model."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, SnellLayer)}
+    return {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
+
+
+def snell_of(model: PeftModel) -> SnellModel:
+    assert isinstance(model.base_model, SnellModel)
+    return model.base_model
+
+
+def snella_of(model: PeftModel) -> SnellaModel:
+    assert isinstance(model.base_model, SnellaModel)
+    return model.base_model
+
+
+def train(model: PeftModel, *, ticks: range = range(3), competes: bool = False, lr: float = 1e-2) -> list[float]:
     """Two steps a tick; returns the losses. SNELLA models compete where asked."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=lr)
@@ -73,13 +91,13 @@ def train(model: nn.Module, *, ticks: range = range(3), competes: bool = False, 
     losses = []
     for tick in ticks:
         if competes:
-            model.get_submodule("base_model").allocate(tick)
+            snella_of(model).allocate(tick)
         for _ in range(2):
             loss = nn.functional.cross_entropy(model(x), labels)
             loss.backward()
             optimizer.step()
             if competes:
-                model.get_submodule("base_model").update_scores()
+                snella_of(model).update_scores()
             optimizer.zero_grad()
             losses.append(loss.item())
     return losses

@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import convert_to_lora
 from safetensors.torch import load_file
-from snell_models import METHODS, MODELS, VIT_TARGETS, build, config, images, train
+from snell_models import METHODS, MODELS, VIT_TARGETS, build, config, images, snell_layers, snell_of, train
 
 both = pytest.mark.parametrize("method", METHODS)
 everywhere = pytest.mark.parametrize("model_name", MODELS)
 
 # Forward and merge add the same ΔW to W0 and round once; a few ulp of summation order remain.
-CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def peft_model(method: str, model_name: str, dtype: torch.dtype = torch.float32) -> PeftModel:
@@ -35,7 +35,7 @@ def test_saved_and_loaded_gives_equal_logits(
     model = peft_model(method, model_name).train()
     train(model, competes=method == "snella")
     expected = model.eval()(images())
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # peft only warns of missing keys
         loaded = PeftModel.from_pretrained(build(model_name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -48,7 +48,7 @@ def test_saved_and_loaded_gives_equal_logits(
 @everywhere
 def test_files(method: str, model_name: str, tmp_path: Path) -> None:
     model = peft_model(method, model_name)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     expected = {"peft_type": method.upper(), "r": 8, "num_components": 2, "scale": 0.1, "weighting": "magnitude"}
     expected |= {"kernel": "mixk" if method == "snella" else "distance", "modules_to_save": ["head"]}
@@ -77,13 +77,13 @@ def test_merge_and_unmerge(method: str, model_name: str, dtype: torch.dtype) -> 
     expected = model(x)
     model.merge_adapter(safe_merge=True)
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    torch.testing.assert_close(model(x), expected, **CLOSE[dtype])
+    torch.testing.assert_close(model(x), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
     model.unmerge_adapter()
     for name, p in model.named_parameters():  # (W + δ) − δ rounds twice at the size of W and δ, all below 1
         torch.testing.assert_close(p, before[name], rtol=0, atol=2 * torch.finfo(dtype).eps)
-    torch.testing.assert_close(model(x), expected, **CLOSE[dtype])
+    torch.testing.assert_close(model(x), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
 @both
@@ -94,19 +94,22 @@ def test_merge_and_unload_leaves_a_plain_model(method: str, model_name: str) -> 
     plain = model.merge_and_unload(safe_merge=True)
     assert type(plain) is type(build(model_name))
     assert not any("snell" in name or "base_layer" in name for name, _ in plain.named_modules())
-    torch.testing.assert_close(plain(images()), expected, **CLOSE[torch.float32])
+    torch.testing.assert_close(plain(images()), expected, rtol=CLOSE[torch.float32], atol=CLOSE[torch.float32])
 
 
 @both
 def test_safe_merge_refuses_nan_and_keeps_the_weight(method: str) -> None:
     model = peft_model(method, "vit")
-    layer = model.get_submodule("base_model.model.blocks.0.mlp.fc1")
+    layer = snell_layers(model)["blocks.0.mlp.fc1"]
     before = layer.get_submodule("base_layer").get_parameter("weight").clone()
     with torch.no_grad():
         layer.get_parameter("snell_A.default").fill_(torch.inf)
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_submodule("base_layer").get_parameter("weight"), before)
+    assert not layer.merged
+    layer.merge()
+    assert layer.merged
 
 
 @both
@@ -137,7 +140,7 @@ def test_several_adapters(method: str, model_name: str, tmp_path: Path) -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert all(name.endswith(".other") for name in trainable)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(build(model_name), tmp_path / "other", adapter_name="other")
     assert torch.equal(loaded(x), second)
     loaded.load_adapter(tmp_path, adapter_name="first")
@@ -153,10 +156,12 @@ def test_several_adapters(method: str, model_name: str, tmp_path: Path) -> None:
 @everywhere
 def test_two_active_adapters_add_their_deltas(method: str, model_name: str) -> None:
     model, x = peft_model(method, model_name), images()
-    model.add_adapter("other", config(method, model_name, r=4, rank_pattern={}, modules_to_save=None))
-    model.base_model.set_adapter(["default", "other"])
+    other = config(method, model_name, r=4, rank_pattern={}, modules_to_save=None, dropout=0.5, drop_path=0.5)
+    model.add_adapter("other", other)
+    model.eval()
+    snell_of(model).set_adapter(["default", "other"])
     together = model(x)
-    layer = next(m for m in model.modules() if hasattr(m, "get_delta_weight"))
+    layer = next(iter(snell_layers(model).values()))
     weight = layer.get_submodule("base_layer").get_parameter("weight").clone()
     delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
     model.merge_adapter(adapter_names=["default", "other"])
@@ -198,6 +203,8 @@ def test_injection_into_a_plain_module(method: str) -> None:
     injected = inject_adapter_in_model(settings, build("vit"), low_cpu_mem_usage=False)
     assert type(injected) is type(build("vit"))
     assert torch.equal(injected.eval()(images()), peft_model(method, "vit")(images()))
+    half = inject_adapter_in_model(settings, build("vit").to(torch.bfloat16))
+    assert {p.dtype for name, p in half.named_parameters() if ".snell_" in name} == {torch.float32}
 
 
 @both
@@ -220,7 +227,7 @@ def test_half_base_keeps_float32_factors(
     y = model(images(dtype=dtype))
     assert y.dtype == dtype
     y.float().square().sum().backward()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(loaded(images(dtype=dtype)), y)
     merged = model.merge_and_unload()
@@ -252,7 +259,7 @@ def test_conversion_to_lora_at_full_rank_is_exact() -> None:
     model = peft_model("snell", "vit")
     settings, tensors = convert_to_lora(model, rank=32, adapter_name="default")
     assert settings.r == 32
-    layer = model.get_submodule("base_model.model.blocks.0.mlp.fc1")
+    layer = snell_layers(model)["blocks.0.mlp.fc1"]
     A, B = (tensors[f"base_model.model.blocks.0.mlp.fc1.lora_{f}.weight"] for f in "AB")
     # An SVD in float32 restores entries of size 0.1 to a few hundred ulp.
     torch.testing.assert_close(B @ A, layer.get_delta_weight("default"), rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from snell_models import METHODS, build, config, images
+from snell_models import METHODS, build, config, images, snell_layers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,7 +100,7 @@ def merged(layer: SnellLayer) -> tuple[Tensor, Tensor | None]:
 def test_dropout_is_left_out_where_excluded() -> None:
     settings = config("snell", "vit", dropout=0.3, dropout_exclude_modules=["proj"], drop_path=0.1)
     model = get_peft_model(build("vit"), settings)
-    plans = {n: m.snell_plan["default"] for n, m in model.named_modules() if isinstance(m, SnellLayer)}
+    plans = {name: layer.snell_plan["default"] for name, layer in snell_layers(model).items()}
     assert {n.rpartition(".")[2]: p.dropout for n, p in plans.items()} == {
         "qkv": 0.3,
         "proj": 0.0,
@@ -185,10 +185,10 @@ def test_every_kernel_trains(kernel: Any, base: nn.Module) -> None:
 
 def test_automatic_scale_follows_each_matrix() -> None:
     model = get_peft_model(build("vit"), config("snell", "vit", scale="auto", rank_pattern={"fc1": 4}))
-    scales = {n: m.snell_plan["default"].scale for n, m in model.named_modules() if isinstance(m, SnellLayer)}
-    assert scales["base_model.model.blocks.0.attn.qkv"] == auto_scale(32, 32, 8, 2)
-    assert scales["base_model.model.blocks.1.mlp.fc1"] == auto_scale(32, 128, 4, 2)
-    assert scales["base_model.model.blocks.1.mlp.fc2"] == auto_scale(128, 32, 8, 2)
+    scales = {name: layer.snell_plan["default"].scale for name, layer in snell_layers(model).items()}
+    assert scales["blocks.0.attn.qkv"] == auto_scale(32, 32, 8, 2)
+    assert scales["blocks.1.mlp.fc1"] == auto_scale(32, 128, 4, 2)
+    assert scales["blocks.1.mlp.fc2"] == auto_scale(128, 32, 8, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)

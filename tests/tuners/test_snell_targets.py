@@ -8,21 +8,15 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from snell_models import VIT_TARGETS, build, config
+from snell_models import VIT_TARGETS, build, config, snell_layers
 from torch import nn
 
 from snell_scale.tuners import SnellaConfig, SnellConfig
-from snell_scale.tuners.snell import SnellLayer
-
-
-def adapted_names(model: nn.Module) -> list[str]:
-    prefix = "base_model.model."
-    return [name.removeprefix(prefix) for name, m in model.named_modules() if isinstance(m, SnellLayer)]
 
 
 def adapt(model: nn.Module, targets: Any, **settings: Any) -> list[str]:
     settings = {"r": 4, "sparsity": 0.5} | settings
-    return adapted_names(get_peft_model(model, SnellConfig(target_modules=targets, **settings)))
+    return list(snell_layers(get_peft_model(model, SnellConfig(target_modules=targets, **settings))))
 
 
 @pytest.mark.parametrize(
@@ -62,15 +56,16 @@ def test_all_linear_leaves_the_classifier_out() -> None:
 def test_all_linear_for_a_second_adapter() -> None:
     settings = SnellConfig(r=4, sparsity=0.5, target_modules="all-linear", modules_to_save=["head"])
     model = get_peft_model(build("vit"), settings)
-    before = adapted_names(model)
+    before = list(snell_layers(model))
     model.add_adapter("other", SnellConfig(r=8, sparsity=None, target_modules="all-linear"))
-    assert adapted_names(model) == before
-    assert all("other" in m.snell_A for m in model.modules() if isinstance(m, SnellLayer))
+    assert list(snell_layers(model)) == before
+    assert all("other" in layer.snell_A for layer in snell_layers(model).values())
 
 
 def test_all_linear_in_an_unknown_model() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.Conv2d(4, 4, 1))
-    assert adapt(model, "all-linear") == ["0"]  # out_proj would never be called
+    with pytest.warns(UserWarning, match=r"leaves out 1\.out_proj"):
+        assert adapt(model, "all-linear") == ["0"]
     with pytest.raises(ValueError, match=r"found no nn\.Linear"):
         adapt(nn.Sequential(nn.Conv2d(4, 4, 1)), "all-linear")
 
@@ -89,11 +84,10 @@ def test_layers_to_transform() -> None:
 def test_rank_pattern_and_fused_groups() -> None:
     settings = config("snell", "vit", rank_pattern={"fc1": 4, r"blocks\.1\.attn\.qkv": 2})
     model = get_peft_model(build("vit"), settings)
-    shapes = {n: tuple(m.snell_B["default"].shape) for n, m in model.named_modules() if isinstance(m, SnellLayer)}
-    prefix = "base_model.model.blocks"
-    assert shapes[f"{prefix}.0.attn.qkv"] == (3, 2, 32, 4)
-    assert shapes[f"{prefix}.1.attn.qkv"] == (3, 2, 32, 1)
-    assert shapes[f"{prefix}.0.mlp.fc1"] == (1, 2, 128, 2)
+    shapes = {name: tuple(layer.snell_B["default"].shape) for name, layer in snell_layers(model).items()}
+    assert shapes["blocks.0.attn.qkv"] == (3, 2, 32, 4)
+    assert shapes["blocks.1.attn.qkv"] == (3, 2, 32, 1)
+    assert shapes["blocks.0.mlp.fc1"] == (1, 2, 128, 2)
 
 
 GROUPED = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
@@ -116,7 +110,7 @@ def quantized() -> nn.Module:
     ("model", "targets", "settings", "message"),
     [
         (build("vit"), None, {}, "target_modules is missing: give a list"),
-        (build("vit"), ["q_proj"], {}, r"'q_proj' matches no module.*'qkv', 'fc1'.*blocks\.0\.attn\.qkv"),
+        (build("vit"), ["q_proj"], {}, r"'q_proj' matches no module.*'qkv', 'proj', 'fc1'.*blocks\.0\.attn\.qkv"),
         (build("vit"), ["qkv", "tpyo"], {}, "'tpyo' matches no module"),
         (build("vit"), r"layers\.\d+\.qkv", {}, "matches no module"),
         (nn.Sequential(nn.ReLU()), ["0.x"], {}, r"no nn\.Linear or nn\.Conv2d to adapt"),
@@ -126,9 +120,9 @@ def quantized() -> nn.Module:
         (build("vit"), ["qkv"], {"fused_groups": {"qkv": 5}}, "96 output features.*5 matrices"),
         (
             build("vit"),
-            ["qkv", "norm1"],
+            ["qkv", "norm2"],
             {},
-            r"blocks\.0\.norm1 is a torch\.nn\.modules\.normalization\.LayerNorm",
+            r"blocks\.0\.norm2 is a timm\.layers\.norm\.LayerNorm",
         ),
         (build("vit"), ["attn"], {}, r"blocks\.0\.attn is a timm.*Attention"),
         (GROUPED, ["0"], {}, "0 is a convolution in 8 groups"),

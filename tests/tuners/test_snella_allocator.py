@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from snell_scale.tuners.snella.allocator import BudgetSchedule, FactorStep, SparsityAllocator, share_out
 
@@ -191,3 +194,21 @@ def test_state_of_another_rank_is_refused() -> None:
     A = torch.ones(1, 1, 2, 1)
     with pytest.raises(ValueError, match="same rank"):
         allocator.update({"x": FactorStep(A, A, A, A)})
+
+
+def test_sharded_factors_score_as_whole_ones(factors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    steps = golden_steps(RUNS[0], factors, 0)[0]
+    whole, sharded = allocator_of(RUNS[0]), allocator_of(RUNS[0])
+    whole.update(steps)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        parts = {
+            name: FactorStep(*(distribute_tensor(part, mesh, [Shard(2)]) for part in step if part is not None))
+            for name, step in steps.items()
+        }
+        sharded.update(parts)
+        assert sharded.scores() == whole.scores()
+        assert sharded.allocate(1) == whole.allocate(1)
+    finally:
+        dist.destroy_process_group()

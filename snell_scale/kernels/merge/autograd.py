@@ -57,19 +57,26 @@ class MergeFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        options: MergeOptions = ctx.options
-        asked: _Asked = ctx.asked
-        dx = dweight = dbias = None
-        dfactors: Sequence[Tensor | None] = (None,) * len(_factor_names(options))
-        with without_autocast(dy.device):
-            if asked.dbias:
-                dbias = options.product.grad_bias(dy)
-            if asked.dx or asked.dweight or asked.factors:
-                merged, dweight, dfactors = _merge_backward(options, asked, ctx.saved_tensors, dy)
-                dx = None if merged is None else options.product.grad_input(dy, merged, ctx.x_shape)
-        return None, dx, dweight, dbias, *dfactors
+        if torch.is_grad_enabled() and not dy.requires_grad:
+            # once_differentiable raises only for a dy that has a history; x, A and B have one all the same.
+            dy = dy.detach().requires_grad_()
+        return _first_derivative(ctx, dy)
+
+
+@once_differentiable
+def _first_derivative(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    options: MergeOptions = ctx.options
+    asked: _Asked = ctx.asked
+    dx = dweight = dbias = None
+    dfactors: Sequence[Tensor | None] = (None,) * len(_factor_names(options))
+    with without_autocast(dy.device):
+        if asked.dbias:
+            dbias = options.product.grad_bias(dy)
+        if asked.dx or asked.dweight or asked.factors:
+            merged, dweight, dfactors = _merge_backward(options, asked, ctx.saved_tensors, dy)
+            dx = None if merged is None else options.product.grad_input(dy, merged, ctx.x_shape)
+    return None, dx, dweight, dbias, *dfactors
 
 
 class _Asked(NamedTuple):

@@ -24,13 +24,13 @@ class MethodConfig(StrictModel, ABC):
 
     needs_rank: ClassVar[bool] = False
 
-    r: int | None = Field(None, gt=0, description="Rank; ignored by methods without one.")
+    r: int | None = Field(default=None, gt=0, description="Rank; ignored by methods without one.")
     targets: str | tuple[str, ...] = Field(
-        "all",
+        default="all",
         description="What to adapt: a group of the model ('all', 'attention', 'mlp', …), a regular expression of "
         "full module names, or a list of module names or their endings.",
     )
-    train_extra: bool = Field(False, description="Also train the model's extra parameters (cls_token).")
+    train_extra: bool = Field(default=False, description="Also train the model's extra parameters (cls_token).")
 
     @model_validator(mode="after")
     def _check_rank(self) -> "MethodConfig":
@@ -69,8 +69,7 @@ class ModuleTuner:
         raise AssertionError(f"{type(self).__name__} selects nothing")
 
     def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
-        for norm in self._frozen_norms:
-            norm.eval()
+        self.hold_statistics()
         return {}
 
     def end_step(self) -> None:
@@ -78,6 +77,11 @@ class ModuleTuner:
 
     def save(self, folder: Path) -> int:
         raise NotImplementedError
+
+    def hold_statistics(self) -> None:
+        """Before every forward in training mode, for `module.train()` has reset it."""
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -116,8 +120,8 @@ def find_targets(bundle: ModelBundle, targets: str | Sequence[str]) -> str | lis
         matched = matching_modules(module, chosen)
     except re.error as error:
         raise ValueError(f"method.targets is {chosen!r}, no regular expression: {error}") from None
-    entries = [chosen] if isinstance(chosen, str) else [[entry] for entry in chosen]
-    missing = [str(entry) for entry in entries if not matching_modules(module, entry)]
+    entries = {chosen: chosen} if isinstance(chosen, str) else {entry: [entry] for entry in chosen}
+    missing = [entry for entry, target in entries.items() if not matching_modules(module, target)]
     heads = [name for name in matched if name in bundle.head_modules]
     if missing or heads or not matched:
         problem = f"{', '.join(heads)} is the head, which is trained whole" if heads else ""

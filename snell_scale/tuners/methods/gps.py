@@ -32,7 +32,7 @@ class GpsConfig(MethodConfig):
     """GPS: per output neuron, the weights with the largest gradients; dense memory. Ignores r and targets."""
 
     name: Literal["gps"] = "gps"
-    per_neuron: int = Field(1, gt=0, description="Weights tuned per output neuron (published: 1 to 5).")
+    per_neuron: int = Field(default=1, gt=0, description="Weights tuned per output neuron (published: 1 to 5).")
 
     def apply(self, bundle: ModelBundle, *, total_steps: int, steps_per_epoch: int, seed: int) -> "GpsTuner":
         return GpsTuner(bundle, self)
@@ -59,6 +59,7 @@ class GpsTuner(ModuleTuner):
 
     def select(self, losses: Iterator[Tensor]) -> None:
         """Sum the gradients of `losses` and choose the largest in each row. ValueError if all are zero."""
+        self.hold_statistics()
         for loss in losses:
             loss.backward()
         gradients = {name: p.grad for name, p in self._matrices.items() if p.grad is not None}

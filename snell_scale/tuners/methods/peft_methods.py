@@ -57,8 +57,8 @@ class LoraMethodConfig(PeftMethodConfig):
     """LoRA, peft's own."""
 
     name: Literal["lora"] = "lora"
-    lora_alpha: float | None = Field(None, gt=0, description="Scale × r; null: equal to r, a scale of 1.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of the adapter.")
+    lora_alpha: float | None = Field(default=None, gt=0, description="Scale × r; null: equal to r, a scale of 1.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="On the input of the adapter.")
 
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
@@ -94,20 +94,22 @@ class ShiraMethodConfig(PeftMethodConfig):
 class _KernelConfig(PeftMethodConfig):
     """What every method with kernelised factors can choose."""
 
-    kernel: Kernel = Field("distance", description="K(A, B).")
-    num_components: int = Field(2, gt=0, description="Distance components that share the rank.")
+    kernel: Kernel = Field(default="distance", description="K(A, B).")
+    num_components: int = Field(default=2, gt=0, description="Distance components that share the rank.")
     scale: float | Literal["auto"] = Field(
-        0.1, description="Coefficient of the distances (published: 0.1); 'auto' adapts it to width and rank."
+        default=0.1,
+        description="Coefficient of the distances (published: 0.1); 'auto' adapts it to width and rank.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of the delta (published: 0.1).")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="On the input of the delta (published: 0.1).")
     dropout_exclude_modules: tuple[str, ...] | None = Field(
-        None, strict=False, description="Name endings of modules without that dropout (published: proj)."
+        default=None, strict=False, description="Name endings of modules without that dropout (published: proj)."
     )
-    drop_path: float = Field(0.0, ge=0, lt=1, description="On the output of the delta (published: 0.1).")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="On the output of the delta (published: 0.1).")
     init_weights: Literal["random", "scaled", "zeros"] = Field(
-        "random", description="As published; or times init_scale; or zeros, which never train (for a study)."
+        default="random",
+        description="As published; or times init_scale; or zeros, which never train (for a study).",
     )
-    init_scale: float = Field(1.0, gt=0)
+    init_scale: float = Field(default=1.0, gt=0)
 
     def kernel_settings(self, bundle: ModelBundle, targets: str | list[str]) -> dict[str, Any]:
         """The fields of a SnellConfig that are the same in all three methods."""
@@ -144,7 +146,7 @@ class SnellMethodConfig(_KernelConfig):
     name: Literal["snell"] = "snell"
     sparsity: float | None = Field(ge=0, lt=1, description="Share of entries set to zero; null: dense, as klora.")
     weighting: Literal["magnitude", "soft", "hard"] = Field(
-        "magnitude",
+        default="magnitude",
         description="Gradient-free factor of what is kept: |K| (as published), |K| - threshold, or 1.",
     )
 
@@ -159,16 +161,18 @@ class SnellaMethodConfig(_KernelConfig):
     """SNELLA: SNELL whose matrices compete for one shrinking budget of non-zeros."""
 
     name: Literal["snella"] = "snella"
-    kernel: Kernel = Field("mixk", description="K(A, B).")
+    kernel: Kernel = Field(default="mixk", description="K(A, B).")
     weighting: Literal["magnitude", "soft", "hard"] = "magnitude"
     init_sparsity: float = Field(ge=0, lt=1, description="Share of zeros at the start (published: 0).")
     target_sparsity: float = Field(ge=0, lt=1, description="Share of zeros at the end, over all matrices.")
-    init_warmup: int = Field(0, ge=0, description="Ticks before the budget begins to shrink.")
-    final_warmup: int = Field(0, ge=0, description="Last ticks, spent at target_sparsity.")
-    mask_interval: int = Field(1, gt=0, description="Ticks between two allocations.")
-    beta1: float = Field(0.85, ge=0, lt=1, description="Decay of the averaged importance.")
-    beta2: float = Field(0.85, ge=0, lt=1, description="Decay of the averaged uncertainty.")
-    tick: Literal["epoch", "step"] = Field("epoch", description="Unit of the schedule (published: epoch).")
+    init_warmup: int = Field(default=0, ge=0, description="Ticks before the budget begins to shrink.")
+    final_warmup: int = Field(default=0, ge=0, description="Last ticks, spent at target_sparsity.")
+    mask_interval: int = Field(default=1, gt=0, description="Ticks between two allocations.")
+    beta1: float = Field(default=0.85, ge=0, lt=1, description="Decay of the averaged importance.")
+    beta2: float = Field(default=0.85, ge=0, lt=1, description="Decay of the averaged uncertainty.")
+    tick: Literal["epoch", "step"] = Field(
+        default="epoch", description="Unit of the schedule (published: epoch)."
+    )
 
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int

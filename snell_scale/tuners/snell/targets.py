@@ -1,9 +1,10 @@
 """Which modules of a model an adapter goes on: 'all-linear', and names that match nothing."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,8 +16,8 @@ from snell_scale.tuners.snell.plan import matches
 def resolve_all_linear(config: SnellConfig, model: nn.Module) -> None:
     """Replace target_modules='all-linear' by the names of the model's linear layers.
 
-    Left out are what peft leaves out (output embeddings, heads of sequence classifiers), timm's classifier
-    (`get_classifier`), whatever is trained whole, and linear layers whose weight the parent uses directly.
+    Left out are what peft leaves out (output embeddings, heads of sequence classifiers, exclude_modules,
+    modules_to_save), timm's classifier (`get_classifier`), and layers whose weight the parent reads directly.
     """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -25,13 +26,21 @@ def resolve_all_linear(config: SnellConfig, model: nn.Module) -> None:
     assert config.target_modules is not None
     whole = [*_classifiers(model), *(m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))]
     excluded = {name for name, module in model.named_modules() if any(module is other for other in whole)}
-    config.target_modules = sorted(
+    linear = [
         name
-        for name in config.target_modules
+        for name in sorted(config.target_modules)
         if isinstance(_base_of(model.get_submodule(name)), nn.Linear)
+        and check_target_module_exists(config, name)
         and not any(name == other or name.startswith(f"{other}.") for other in excluded)
-        and not is_bypassed(model, name)
-    )
+    ]
+    bypassed = [name for name in linear if is_bypassed(model, name)]
+    if bypassed:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {', '.join(bypassed)}: their parents read the weight "
+            "without calling the layer, so adapters on them would have no effect",
+            stacklevel=2,
+        )
+    config.target_modules = [name for name in linear if name not in bypassed]
     if not config.target_modules:
         raise ValueError("target_modules='all-linear' found no nn.Linear beside the classifier in this model")
 
@@ -82,8 +91,9 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _candidates(model: nn.Module) -> str:
-    layers = [name for name, m in outer_modules(model) if isinstance(_base_of(m), (nn.Linear, nn.Conv2d))]
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [name for kind in kinds for name, m in outer_modules(model) if isinstance(_base_of(m), kind)]
     if not layers:
         return "It has no nn.Linear or nn.Conv2d to adapt."
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))[:8]
-    return f"Try name endings such as {', '.join(map(repr, endings))} (e.g. {layers[0]}), or 'all-linear'."
+    return f"Try name endings such as {', '.join(map(repr, endings))} (as in {layers[0]}), or 'all-linear'."
