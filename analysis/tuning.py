@@ -1,6 +1,7 @@
 """Which learning rate is each method's best, judged on validation data: `python -m analysis.tuning RUNS`."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,15 @@ def best_learning_rates(runs: pd.DataFrame) -> pd.DataFrame:
         .unstack(_KEY)
         .sort_index(axis=1)
     )
-    best = table.idxmax(axis=1)
-    shown = table.map(lambda value: "–" if pd.isna(value) else f"{value:.2f}")
-    shown.columns = [f"{rate:g}" for rate in table.columns]
-    shown["best"] = [f"{rate:g}" for rate in best]
+    rates = [f"{rate:g}" for rate in table.columns]
+    shown = table.map(lambda value: "–" if pd.isna(value) else f"{value:.2f}").set_axis(rates, axis=1)
+    shown["best"] = [_best(scores, rates) for scores in table.to_numpy().tolist()]
     return shown.rename_axis("method").reset_index()
+
+
+def _best(scores: list[float], rates: list[str]) -> str:
+    usable = [(score, -index) for index, score in enumerate(scores) if not math.isnan(score)]
+    return rates[-max(usable)[1]] if usable else "–"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 snell-scale run configs/demo/pretrain.yaml --resume auto
-for study in memory kernels sparsity initialisation scale; do
-    snell-scale compare "configs/studies/$study.yaml" --name "studies/$study" --jobs "${JOBS:-2}"
-    python -m analysis.studies "runs/studies/$study" --output "runs/studies/$study"
-done
+study() { # NAME [option of analysis.studies …]
+    snell-scale compare "configs/studies/$1.yaml" --name "studies/$1" --jobs "${JOBS:-2}"
+    python -m analysis.studies "runs/studies/$1" --output "runs/studies/$1" "${@:2}"
+}
+study memory --memory-only # accuracy means nothing after ten steps from random weights
+study kernels
+study sparsity
+study initialisation
+study scale

@@ -206,7 +206,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], *, prefix: str) -> li
     """One line per mistake, in the user's terms."""
     lines = []
     for item in error.errors():
-        path = prefix + ".".join(str(part) for part in item["loc"])
+        path = (prefix + ".".join(str(part) for part in item["loc"])).rstrip(".")
         if item["type"] == "extra_forbidden":
             valid = _keys_at(cls, item["loc"][:-1])
             close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1)

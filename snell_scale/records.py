@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -119,7 +119,8 @@ def read_result(folder: Path) -> Result:
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         raise ValueError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}")
     unknown = raw.keys() - {f.name for f in fields(Result)}
-    missing = {"name", "status", "method", "seed"} - raw.keys()
+    required = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING}
+    missing = required - raw.keys()
     if unknown or missing or raw["status"] not in STATUSES:
         raise ValueError(
             f"{path}: unknown {sorted(unknown)}, missing {sorted(missing)}, status {raw.get('status')!r}"

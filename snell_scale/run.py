@@ -129,7 +129,7 @@ def _set_up(
     """Selection, checkpointing, compilation, placement, optimizer; then the state of an earlier attempt."""
     config, tuner = parts.config, parts.tuner
     state = load_newest_checkpoint(folder / "checkpoints")
-    if tuner.needs_selection:
+    if tuner.needs_selection and state is None:  # a resumed run restores what was selected
         tuner.module.to(engine.device)
         tuner.select(_training_losses(parts, engine))
     if config.training.activation_checkpointing:

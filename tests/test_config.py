@@ -135,5 +135,6 @@ def test_schema_covers_every_component() -> None:
 
 
 def test_configs_are_frozen() -> None:
+    training: Any = load(TRANSFER).training
     with pytest.raises(ValueError, match="frozen"):
-        load(TRANSFER).training.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+        training.lr = 1.0

@@ -3,14 +3,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snell_scale.records import Result, StepWriter, read_result, read_steps, write_atomically, write_result
 
 
-def make_result(**changes: object) -> Result:
-    fields: dict = {
+def make_result(**changes: Any) -> Result:
+    fields: dict[str, Any] = {
         "name": "a", "status": "ok", "method": "snell", "model": "m", "dataset": "d", "task": "t",
         "engine": "single", "precision": "fp32", "seed": 0, "world_size": 1, "batch_size": 8,
     }  # fmt: skip

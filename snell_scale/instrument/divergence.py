@@ -22,8 +22,8 @@ class Divergence:
         where = ", ".join(self.groups) or "none: the loss itself"
         names = f" ({', '.join(self.parameters)})" if self.parameters else ""
         return (
-            f"the loss or a gradient stopped being finite at step {self.step} (loss {self.loss}); parameter groups "
-            f"with such gradients: {where}{names}. Lower training.lr, or set training.clip_grad_norm"
+            f"the loss or a gradient stopped being finite at step {self.step} (loss {self.loss}); parameter "
+            f"groups with such gradients: {where}{names}. Lower training.lr, or set training.clip_grad_norm"
         )
 
 

@@ -13,7 +13,9 @@ def checkpoint_activations(module: nn.Module, wrap_points: Sequence[str]) -> Non
     ValueError if there is no block to wrap.
     """
     if not wrap_points:
-        raise ValueError("training.activation_checkpointing=true, but this model lists no blocks to wrap; set it to false")
+        raise ValueError(
+            "training.activation_checkpointing=true, but this model lists no blocks to wrap; set it to false"
+        )
     for name in wrap_points:
         block = module.get_submodule(name)
         # The instance attribute shadows the method: no wrapper module, hence no change of state-dict keys.
