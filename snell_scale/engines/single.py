@@ -25,6 +25,10 @@ class SingleConfig(StrictModel):
     )
     frozen_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="What frozen weights are kept in.")
 
+    cpu_threads: int | None = Field(
+        default=None, gt=0, description="torch's CPU threads; null: as torch chooses. Small models like 1."
+    )
+
     def check(self) -> None:
         """ValueError where this machine cannot do what the config asks."""
         if not self.device.startswith("cuda"):
@@ -39,6 +43,8 @@ class SingleConfig(StrictModel):
 
     def build(self) -> "SingleEngine":
         self.check()
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
