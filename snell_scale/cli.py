@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from snell_scale import registry
@@ -23,7 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune large vision models with little memory, and compare the ways to do it.",
 )
-_console = Console()
+# Wide where nobody watches: a log must not lose the end of a name.
+_console = Console() if sys.stdout.isatty() else Console(width=160)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config; `snell-scale schema` describes its keys.")]
 Overrides = Annotated[
@@ -35,11 +37,14 @@ Overrides = Annotated[
 def main() -> None:
     """Entry point: user errors become one message and exit code 2 instead of a traceback."""
     try:
-        app(args=_spread_grid(sys.argv[1:]))
+        app(args=_spread_lists(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("stopped; the same command (for a single run with --resume auto) continues", file=sys.stderr)
+        sys.exit(EXIT_CODES["interrupted"])
     except (ValueError, OSError) as error:
         if os.environ.get("SNELL_SCALE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -70,7 +75,7 @@ def run(
     )
     _print_results([result])
     folder = Path(resolved.output_dir) / resolved.name
-    _console.print(f"Record: {folder}/result.json", highlight=False)
+    _say(f"Record: {folder}/result.json")
     sys.exit(EXIT_CODES[result.status])
 
 
@@ -97,7 +102,7 @@ def compare(
         config_class=registry.config_class,
     )
     if dry_run:
-        _console.print("\n".join(f"{p.config.output_dir}/{p.config.name}" for p in planned), highlight=False)
+        _say("\n".join(f"{p.config.output_dir}/{p.config.name}" for p in planned))
         return
     from snell_scale.study_progress import StudyProgress
 
@@ -105,9 +110,7 @@ def compare(
         results = run_study(planned, num_jobs=jobs, finished=progress.finished)
     _print_results(results)
     folder = (Path(planned[0].config.output_dir) / planned[0].config.name).parent
-    _console.print(
-        f"Records: {folder}. Report: python -m analysis.report {folder} --output {folder}", highlight=False
-    )
+    _say(f"Records: {folder}. Report: python -m analysis.report {folder} --output {folder}")
     sys.exit(max(EXIT_CODES[result.status] for result in results))
 
 
@@ -155,18 +158,18 @@ def merge(
         raise ValueError(f"no config at {config_path}: name the base model's config with --base")
     config = load_config(config_path, config_class=registry.config_class)
     num_tensors, num_bytes = merge_adapter(config, adapter, output, overwrite=overwrite)
-    _console.print(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB", highlight=False)
+    _say(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB")
 
 
 def _dry_run(config: Config) -> None:
     """Resolve, build, count and check the data; print what a run would train."""
     import yaml
 
-    from snell_scale.loop import total_steps
-    from snell_scale.run import assemble
+    from snell_scale.assembly import assemble
+    from snell_scale.training import total_steps
 
     parts = assemble(config)
-    _console.print(yaml.safe_dump(to_dict(config), sort_keys=False), highlight=False)
+    _say(yaml.safe_dump(to_dict(config), sort_keys=False))
     table = Table("what", "value", title="Dry run: nothing was trained or written")
     sizes = ", ".join(f"{split} {size}" for split, size in parts.data.sizes.items())
     share = 100 * parts.trainable_parameters / parts.total_parameters
@@ -185,7 +188,7 @@ def _print_results(results: list[Result]) -> None:
         peak = (result.memory or {}).get("peak") or {}
         speed = result.throughput.get("images_per_s")
         table.add_row(
-            result.name,
+            escape(result.name),
             result.status,
             *(_figure(result.metrics.get(split, {}).get(metric), ".2f") for split in ("validation", "test")),
             _figure(result.trainable_parameters, ",d"),
@@ -195,28 +198,32 @@ def _print_results(results: list[Result]) -> None:
     _console.print(table)
     for result in results:
         if result.message:
-            _console.print(f"{result.name}: {result.status}: {_escaped(result.message)}", highlight=False)
+            _say(f"{result.name}: {result.status}: {result.message}")
+
+
+def _say(text: str) -> None:
+    """User text as it is: no markup read in it, no line broken."""
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _figure(value: Any, style: str) -> str:
     return "–" if value is None else format(value, style)
 
 
-def _escaped(error: object) -> str:
-    return str(error).replace("[", r"\[")
-
-
-def _spread_grid(arguments: list[str]) -> list[str]:
-    """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`: the option takes every key=value that follows it."""
+def _spread_lists(arguments: list[str]) -> list[str]:
+    """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`; --set likewise takes every key=value that follows it."""
     spread: list[str] = []
-    previous = ""
-    in_grid = False
+    option = ""
     for argument in arguments:
-        in_grid = argument == "--grid" or (in_grid and "=" in argument and not argument.startswith("-"))
-        if in_grid and argument != "--grid" and previous != "--grid":
-            spread.append("--grid")
-        spread.append(argument)
-        previous = argument
+        name, sign, value = argument.partition("=")
+        if name in ("--grid", "--set"):
+            option = name
+            spread += [name, value] if sign else [name]
+        elif option and sign and not argument.startswith("-"):
+            spread += [argument] if spread[-1] == option else [option, argument]
+        else:
+            option = ""
+            spread.append(argument)
     return spread
 
 

@@ -1,10 +1,9 @@
 """Several runs as one study: every combination of a grid, in parallel processes, skipping what is done."""
 
 import itertools
-import multiprocessing
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from snell_scale.config import STUDY_KEYS, Config, ConfigClassLookup, resolve
 from snell_scale.config_sources import parse_value, read_yaml
-from snell_scale.records import Result
+from snell_scale.records import Result, write_result
+from snell_scale.worker_pool import WorkerPool
 
 GRID_ALIASES = {"methods": "method.name", "seeds": "seed"}
 
@@ -51,7 +51,7 @@ def plan_study(
                     varied["case"] = case
                 varied |= dict(zip(full_grid, values, strict=True))
                 settings = {**changes, **dict(zip(full_grid, values, strict=True))}
-                texts = [*overrides, *(f"{key}={_as_yaml(value)}" for key, value in settings.items())]
+                texts = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
                 run_name = f"name={study}/{_label(varied)}"
                 config = resolve(raw, [*texts, run_name], config_class=config_class, source=str(path))
                 planned.append(PlannedRun(config, varied))
@@ -74,62 +74,39 @@ def run_study(
 ) -> list[Result]:
     """Run them, `num_jobs` at a time, each job with its share of the cores; results in the order planned.
 
-    A finished run is not run again, an interrupted one continues. A run that fails, or whose process dies, is
-    a "failed" result: the others go on.
+    A run that has a result is not run again, an interrupted one continues. A run that fails, or whose process
+    dies, is a "failed" result, recorded in its folder: the others go on.
+    KeyboardInterrupt (SIGINT or SIGTERM): the runs under way have saved; the same call continues them.
     """
     results: dict[int, Result] = {}
-    for index, outcome in _outcomes(planned, num_jobs):
+    for index, outcome in WorkerPool(_execute, num_workers=num_jobs).outcomes(planned):
         run = planned[index]
-        result = outcome if isinstance(outcome, Result) else _failed(run, outcome)
+        result = outcome if isinstance(outcome, Result) else _record_failure(run, outcome)
         results[index] = result
         finished(run, result)
     return [results[index] for index in sorted(results)]
 
 
-def _outcomes(planned: Sequence[PlannedRun], num_jobs: int) -> Iterator[tuple[int, Result | BaseException]]:
-    """(index, result or exception) as runs end. When a process dies, its pool goes: the rest is run singly."""
-    waiting = dict(enumerate(planned))
-    for index, outcome in _run_pool(waiting.items(), num_jobs):
-        if isinstance(outcome, BrokenProcessPool):
-            continue
-        del waiting[index]
-        yield index, outcome
-    for index, run in waiting.items():
-        yield from _run_pool([(index, run)], 1)
-
-
-def _run_pool(
-    runs: Iterable[tuple[int, PlannedRun]], num_jobs: int
-) -> Iterator[tuple[int, Result | BaseException]]:
-    threads = max(1, (os.cpu_count() or 1) // num_jobs)
-    # spawn: a forked child would inherit torch's thread pools and CUDA state.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_jobs, mp_context=context, initializer=_limit_threads, initargs=(threads,)
-    ) as pool:
-        futures: dict[Future[Result], int] = {pool.submit(_execute, run): index for index, run in list(runs)}
-        for future in as_completed(futures):
-            error = future.exception()
-            yield futures[future], error if error is not None else future.result()
-
-
-def _limit_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-
-
 def _execute(planned: PlannedRun) -> Result:
     from snell_scale.run import run
 
-    return run(planned.config, resume="auto", varied=planned.varied, quiet=True)
+    result = run(planned.config, resume="auto", varied=planned.varied, quiet=True)
+    if result.status == "interrupted":
+        os._exit(1)  # the study was stopped: this worker must not wait for another run
+    return result
 
 
-def _failed(planned: PlannedRun, error: BaseException) -> Result:
+def _record_failure(planned: PlannedRun, error: BaseException) -> Result:
     from snell_scale.run import blank_result
 
     died = "its process died (killed, or out of host memory?)" if isinstance(error, BrokenProcessPool) else None
-    return blank_result(planned.config, planned.varied, message=died or f"{type(error).__name__}: {error}")
+    message = died or f"{type(error).__name__}: {error}"
+    result = blank_result(planned.config, planned.varied, message=message)
+    folder = Path(planned.config.output_dir) / planned.config.name
+    # A folder that holds another run keeps its own record.
+    if not (folder / "result.json").exists():
+        write_result(folder, result)
+    return result
 
 
 def _aliased(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -146,10 +123,6 @@ def _label(varied: Mapping[str, Any]) -> str:
         for key, value in varied.items()
     ]
     return "-".join(part.replace("/", "_").replace(" ", "") for part in parts) or "run"
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_distinct(planned: Sequence[PlannedRun]) -> None:

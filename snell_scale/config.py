@@ -8,7 +8,7 @@ this module knows none of them.
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,10 +19,15 @@ STUDY_KEYS = ("grid", "cases")
 ConfigClassLookup = Callable[[str, object], type["StrictModel"]]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class StrictModel(BaseModel):
     """Base of every config: frozen, unknown keys refused, no silent conversion of strings to numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -46,7 +51,7 @@ class TrainingConfig(StrictModel):
         default=0.1, ge=0, lt=1, description="Share of the steps with a linear warm-up."
     )
     weight_decay: float = Field(ge=0, description="AdamW's; biases, norms and 1-D parameters are exempt.")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_grad_norm: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Evaluate and save averaged weights.")
     activation_checkpointing: bool = False
@@ -103,8 +108,10 @@ class Config(StrictModel):
 
     name: str = Field(min_length=1, description="Folder below output_dir, and the run's name in reports.")
     output_dir: str = "runs"
-    seed: int = Field(default=0, ge=0)
-    data_seed: int = Field(default=0, ge=0, description="Chooses the splits; apart from the run's seed.")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data_seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Chooses the splits; apart from the run's seed."
+    )
     model: Any
     data: Any
     task: Any
@@ -118,7 +125,7 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name).is_absolute() or not Path(self.name).parts or ".." in Path(self.name).parts:
             raise ValueError(f"name is {self.name!r}, expected a folder below output_dir; set output_dir instead")
         return self
 
@@ -140,6 +147,7 @@ def resolve(
     raw: Mapping[str, Any], overrides: Sequence[str], *, config_class: ConfigClassLookup, source: str
 ) -> Config:
     """A validated Config from nested dictionaries and overrides; see `load_config`."""
+    _check_variants(raw, config_class)
     merged = with_overrides(raw, overrides)
     errors: list[str] = []
     for kind in COMPONENT_KINDS:
@@ -186,6 +194,16 @@ def json_schema(components: Mapping[str, Mapping[str, type[StrictModel]]]) -> di
     return schema
 
 
+def _check_variants(raw: Mapping[str, Any], config_class: ConfigClassLookup) -> None:
+    variants = raw.get("variants") or {}
+    if not isinstance(variants, Mapping):
+        raise ValueError(f"variants is {variants!r}, expected a mapping: method name → settings")
+    for name, settings in variants.items():
+        config_class("method", name)  # raises for a name that is no method
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"variants.{name} is {settings!r}, expected a mapping of settings")
+
+
 def _component(kind: str, raw: Any, config_class: ConfigClassLookup, errors: list[str]) -> Any:
     if isinstance(raw, StrictModel):
         return raw
@@ -216,7 +234,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], *, prefix: str) -> li
             lines.append(f"'{path}' is missing: set it in the file or as {path}=…")
         else:
             at = f"{path}: " if path else ""
-            lines.append(f"{at}{item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"[:400])
+            got = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            lines.append(f"{at}{item['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
 

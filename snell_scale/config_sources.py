@@ -14,6 +14,17 @@ import yaml
 COMPONENT_KINDS = ("model", "data", "task", "method", "engine")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: YAML forbids it, and the parser would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        double = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if double:
+            raise yaml.YAMLError(f"the key {double[0]!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, merged over the file its `extends:` names (relative to it)."""
     return _read_chain(Path(path), seen=())
@@ -26,7 +37,8 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     base = {key: value for key, value in raw.items() if key != "variants"}
     merged = _deep_merge(base, _nested(parsed))
     name = merged["method"].get("name") if isinstance(merged.get("method"), dict) else None
-    return _deep_merge(_deep_merge(base, variants.get(name) or {}), _nested(parsed))
+    chosen = variants.get(name) if isinstance(name, str) else None
+    return _deep_merge(_deep_merge(base, chosen or {}), _nested(parsed))
 
 
 def parse_value(text: str) -> Any:
@@ -47,7 +59,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path} extends itself, through {' → '.join(p.name for p in seen)}")
     try:
-        raw = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        raw = _numbers(yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(raw, dict):

@@ -111,6 +111,10 @@ class Tuner(Protocol):
         """Called after the optimizer stepped, while the gradients just used still stand."""
         ...
 
+    def tensors(self) -> list[Tensor]:
+        """What the method keeps beside parameters (masks, scores): counted as optimizer state."""
+        ...
+
     def save(self, folder: Path) -> int:
         """Write the trained part for PEFT (or as safetensors) to `folder`; returns its bytes."""
         ...

@@ -1,54 +1,21 @@
-"""The training loop: one optimizer step after another, with evaluation, records, checkpoints and a clean stop."""
+"""The training loop: one optimizer step after another, with evaluation, records, checkpoints, a clean stop."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from snell_scale.config import Config
-from snell_scale.data.batches import evaluation_batches, steps_per_epoch, training_batches
+from snell_scale.data.batches import evaluation_batches, training_batches
 from snell_scale.engines.checkpoint import save_checkpoint
-from snell_scale.instrument.divergence import Divergence, DivergenceWatch
+from snell_scale.instrument.divergence import Divergence
 from snell_scale.instrument.memory import MemoryProbe
-from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import Batch, DataBundle, Engine, Task, Tuner
-from snell_scale.optimization import AveragedWeights, learning_rate, trainable_parameters
-from snell_scale.progress import Progress
-from snell_scale.records import StepWriter
-
-
-@dataclass
-class Training:
-    """Everything that one training run consists of while it runs.
-
-    forward is what a training step calls: `model` itself or its compiled form, sharing its parameters.
-    """
-
-    config: Config
-    engine: Engine
-    tuner: Tuner
-    model: nn.Module
-    forward: nn.Module
-    task: Task
-    data: DataBundle
-    folder: Path
-    writer: StepWriter
-    timer: StepTimer
-    probe: MemoryProbe
-    progress: Progress
-    stop_requested: Callable[[], bool]
-    averages: AveragedWeights | None = None
-    watch: DivergenceWatch = field(default_factory=DivergenceWatch)
-    step: int = 0
-    best_value: float | None = None
-    best_step: int | None = None
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+from snell_scale.interfaces import Batch
+from snell_scale.optimization import learning_rate
+from snell_scale.training import Training, averaged, checkpoint_state, total_steps, trained_state
 
 
 @dataclass(frozen=True)
@@ -105,64 +72,17 @@ def train(run: Training) -> Outcome:
     return Outcome()
 
 
-def total_steps(config: Config, data: DataBundle) -> int:
-    """Optimizer steps of the whole run."""
-    if config.training.steps is not None:
-        return config.training.steps
-    assert config.training.epochs is not None
-    return max(1, round(config.training.epochs * steps_per_epoch(data.train, config.training.batch_size)))
-
-
 def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
     """The task's metrics on a whole split, every sample counted once; averaged weights where there are some."""
     was_training = run.model.training
     run.model.eval()
-    with _averaged(run), torch.no_grad(), run.engine.autocast():
+    with averaged(run), torch.no_grad(), run.engine.autocast():
         sums: dict[str, Tensor] = {}
         for batch in evaluation_batches(split, run.config.evaluation.batch_size):
             part = run.task.sums(run.model, run.engine.move(batch))
             sums = {key: sums[key] + value if key in sums else value for key, value in part.items()}
     run.model.train(was_training)
     return run.task.metrics(run.engine.sum(sums))
-
-
-def checkpoint_state(run: Training) -> dict[str, Any]:
-    """All that a resumed run needs to continue as if it had not stopped: tensors and plain values only."""
-    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if run.engine.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(run.engine.device)
-    return {
-        "step": run.step,
-        "weights": _trained_state(run.model),
-        "engine": run.engine.state_dict(),
-        "tuner": run.tuner.state_dict(),
-        "averages": run.averages.state_dict() if run.averages else None,
-        "best": {"value": run.best_value, "step": run.best_step, "weights": run.best_weights},
-        "rng": rng,
-    }
-
-
-def restore(run: Training, state: Mapping[str, Any]) -> None:
-    """The inverse of `checkpoint_state`."""
-    load_trained_state(run.model, state["weights"])
-    run.engine.load_state_dict(state["engine"])
-    run.tuner.load_state_dict(state["tuner"])
-    if run.averages is not None:
-        run.averages.load_state_dict(state["averages"])
-    best = state["best"]
-    run.step, run.best_value, run.best_step = state["step"], best["value"], best["step"]
-    run.best_weights = dict(best["weights"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"], run.engine.device)
-
-
-@torch.no_grad()
-def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy saved trainable parameters and buffers into `module`, in place."""
-    live = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, tensor in state.items():
-        live[name].copy_(tensor)
 
 
 def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:
@@ -208,9 +128,9 @@ def _evaluate_and_keep_best(run: Training) -> None:
     value = metrics[run.task.metric]
     if run.best_value is None or value > run.best_value:
         run.best_value, run.best_step = value, run.step
-        with _averaged(run):
+        with averaged(run):
             # On the host: a second copy of everything that trains would count against the device.
-            run.best_weights = {k: t.to("cpu", copy=True) for k, t in _trained_state(run.model).items()}
+            run.best_weights = {k: t.to("cpu", copy=True) for k, t in trained_state(run.model).items()}
 
 
 def _log(
@@ -231,23 +151,6 @@ def _log(
 def _checkpoint(run: Training) -> None:
     keep = run.config.checkpoint.keep_last
     save_checkpoint(run.folder / "checkpoints", run.step, checkpoint_state(run), keep_last=keep)
-
-
-def _trained_state(module: nn.Module) -> dict[str, Tensor]:
-    trained = {name: p.detach() for name, p in trainable_parameters(module)}
-    return trained | {name: b.detach() for name, b in module.named_buffers()}
-
-
-@contextlib.contextmanager
-def _averaged(run: Training) -> Iterator[None]:
-    if run.averages is None:
-        yield
-        return
-    run.averages.swap()
-    try:
-        yield
-    finally:
-        run.averages.swap()
 
 
 def _is_multiple(step: int, every: int | None) -> bool:

@@ -1,8 +1,10 @@
 """Folds a trained adapter into its base model and writes plain weights."""
 
+import warnings
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 from snell_scale.config import Config
@@ -37,9 +39,25 @@ def _merged_module(config: Config, adapter: Path) -> nn.Module:
 
 
 def _merge_peft(module: nn.Module, adapter: Path) -> nn.Module:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    import snell_scale.tuners  # noqa: F401
+    from snell_scale.tuners import peft_registration
 
-    model = PeftModel.from_pretrained(module, str(adapter))
+    peft_registration.register()
+
+    try:
+        saved = set(load_file(adapter / "adapter_model.safetensors"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of what is refused below
+            model = PeftModel.from_pretrained(module, str(adapter))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{adapter} is damaged, or not an adapter of this model: {error}") from error
+    wanted = set(get_peft_model_state_dict(model))
+    # Single parameters of the base model (cls_token) travel in the file beside the adapter's own.
+    wanted |= saved & {name for name, _ in model.named_parameters()}
+    if saved != wanted:
+        raise ValueError(
+            f"{adapter} is not an adapter of this model: {len(wanted - saved)} tensors are missing in it and "
+            f"{len(saved - wanted)} have no place (e.g. {min(saved ^ wanted)}); name its own base with --base"
+        )
     return model.merge_and_unload(safe_merge=True)

@@ -129,16 +129,18 @@ def read_result(folder: Path) -> Result:
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The lines of steps.jsonl, in order; a last line cut short by a crash is left out."""
+    """The lines of steps.jsonl, in order; what a crash cut short or damaged is left out."""
     path = folder / "steps.jsonl"
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

@@ -1,45 +1,36 @@
 """One run from its config: assemble, train, report, and record how it ended, whatever happened."""
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from snell_scale.assembly import Assembly, assemble
 from snell_scale.config import Config, to_dict
-from snell_scale.data.batches import evaluation_batches, steps_per_epoch
+from snell_scale.data.batches import evaluation_batches
 from snell_scale.engines.checkpoint import load_newest_checkpoint
 from snell_scale.instrument.environment import collect_environment
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import DataBundle, Engine, ModelBundle, Task, Tuner
-from snell_scale.loop import Training, evaluate, load_trained_state, restore, total_steps, train
+from snell_scale.interfaces import Engine, Tuner
+from snell_scale.loop import evaluate, train
 from snell_scale.models.activation_checkpointing import checkpoint_activations
 from snell_scale.optimization import AveragedWeights, make_optimizer
 from snell_scale.progress import Progress, make_progress
-from snell_scale.records import Result, StepWriter, write_json, write_result, write_yaml
-from snell_scale.run_folder import find_finished, prepare_folder
+from snell_scale.records import Result, Status, StepWriter, write_json, write_result, write_yaml
+from snell_scale.run_folder import find_finished, locked, prepare_folder
 from snell_scale.signals import StopFlag, stop_on_signal
+from snell_scale.training import Training, load_trained_state, restore, total_steps
 
 Resume = Literal["never", "auto"]
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """The parts of a run, built on the CPU: no device has been touched yet."""
-
-    config: Config
-    data: DataBundle
-    bundle: ModelBundle
-    task: Task
-    tuner: Tuner
-    total_parameters: int
-    trainable_parameters: int
 
 
 def run(
@@ -53,74 +44,77 @@ def run(
     """Run `config` in its folder and return the result that was also written there.
 
     Out of memory, divergence and interruption are results. Any other exception is recorded as "failed" and
-    raised again. resume="auto": continue from the newest complete checkpoint, or return the finished result.
+    raised again. resume="auto": continue from the newest complete checkpoint, or return the result that stands.
     """
     folder = Path(config.output_dir) / config.name
-    finished = find_finished(folder, config, resume=resume, overwrite=overwrite)
-    if finished is not None:
-        return finished
-    started = time.perf_counter()
-    # A mistake in the config ends here: no folder is made, no device touched.
-    parts = assemble(config)
-    prepare_folder(folder, overwrite=overwrite)
-    result = blank_result(config, varied or {})
+    standing = find_finished(folder, config, resume=resume, overwrite=overwrite)
+    if standing is not None:
+        return standing
+    attempt = Attempt(blank_result(config, varied or {}))
     with stop_on_signal() as stop_requested, _determinism(config):
         try:
-            result = _run(parts, folder, result, stop_requested, quiet=quiet)
+            # A mistake in the config ends here: no folder is made, no device touched.
+            parts = assemble(config)
+            with locked(folder):
+                prepare_folder(folder, overwrite=overwrite)
+                result = _run(parts, folder, attempt, stop_requested, quiet=quiet)
         except BaseException as error:
-            if not _is_out_of_memory(error):
-                _record_failure(folder, result, error)
+            status = _status_of(error)
+            if status == "failed" and attempt.training is None:
                 raise
-            result = replace(result, status="oom", message=str(error))
-    result = replace(result, seconds={**result.seconds, "total": time.perf_counter() - started})
+            result = replace(attempt.so_far(), status=status, message=f"{type(error).__name__}: {error}")
+            _write_despite_trouble(folder, result)
+            if status != "oom":
+                raise
+            return result
     write_result(folder, result)
     return result
 
 
-def assemble(config: Config) -> Assembly:
-    """Build data, model, task and tuner on the CPU; every mistake in the config shows here."""
-    config.engine.check()
-    data = config.data.build(seed=config.data_seed)
-    if config.training.batch_size > data.sizes["train"]:
-        raise ValueError(
-            f"training.batch_size={config.training.batch_size} is more than the {data.sizes['train']} training "
-            "samples; lower it, or take more samples"
+class Attempt:
+    """What is known so far, for a record of a run that ends early."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        self.training: Training | None = None
+        self._started = time.perf_counter()
+
+    def so_far(self) -> Result:
+        """The result with what training has measured by now."""
+        training, total = self.training, time.perf_counter() - self._started
+        if training is None:
+            return replace(self.result, seconds={"total": total})
+        history = training.measured()
+        return replace(
+            self.result,
+            steps=training.step,
+            best_step=training.best_step,
+            resumed_from_steps=history.resumed_from,
+            seconds={"train": history.seconds, "total": total},
+            throughput=history.throughput,
+            memory=history.memory,
         )
-    bundle = config.model.build(num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed)
-    task = config.task.build(class_names=data.class_names)
-    total_count = sum(p.numel() for p in bundle.module.parameters())
-    tuner = config.method.apply(
-        bundle,
-        total_steps=total_steps(config, data),
-        steps_per_epoch=steps_per_epoch(data.train, config.training.batch_size),
-        seed=config.seed,
-    )
-    return Assembly(config, data, bundle, task, tuner, total_count, tuner.num_trainable())
 
 
-def _run(parts: Assembly, folder: Path, result: Result, stop_requested: StopFlag, *, quiet: bool) -> Result:
+def _run(parts: Assembly, folder: Path, attempt: Attempt, stop_requested: StopFlag, *, quiet: bool) -> Result:
     """Train and report; exceptions are the caller's."""
-    started = time.perf_counter()
     config = parts.config
     torch.manual_seed(config.seed)
     engine: Engine = config.engine.build()
     write_yaml(folder / "config.yaml", to_dict(config))
     write_json(folder / "environment.json", collect_environment(engine.device))
-    result = replace(
-        result,
+    attempt.result = replace(
+        attempt.result,
         metric=parts.task.metric,
         total_steps=total_steps(config, parts.data),
         trainable_parameters=parts.trainable_parameters,
         total_parameters=parts.total_parameters,
     )
-    progress = make_progress(config.name, quiet=quiet)
-    try:
+    with contextlib.closing(make_progress(config.name, quiet=quiet)) as progress:
         training = _set_up(parts, engine, folder, progress, stop_requested)
-        setup_seconds = time.perf_counter() - started
-        result = _train_and_report(training, parts, result)
-    finally:
-        progress.close()
-    return replace(result, seconds={"setup": setup_seconds, **result.seconds})
+        attempt.training = training
+        with contextlib.closing(training.writer):
+            return _train_and_report(training, attempt)
 
 
 def _set_up(
@@ -136,7 +130,6 @@ def _set_up(
         checkpoint_activations(parts.bundle.module, parts.bundle.wrap_points)
     module = engine.setup(tuner.module, lambda m: make_optimizer(m, config.training, no_decay=tuner.no_decay))
     averages = AveragedWeights(module, config.training.ema_decay) if config.training.ema_decay else None
-    extra = {"optimizer": averages.tensors()} if averages else None
     training = Training(
         config=config,
         engine=engine,
@@ -148,7 +141,7 @@ def _set_up(
         folder=folder,
         writer=StepWriter(folder, keep_until_step=state["step"] if state else 0),
         timer=StepTimer(engine.device, config.logging.warmup_steps),
-        probe=MemoryProbe(module, engine.optimizer, extra=extra),
+        probe=MemoryProbe(module, partial(_optimizer_tensors, engine, tuner, averages)),
         progress=progress,
         stop_requested=stop_requested,
         averages=averages,
@@ -159,36 +152,30 @@ def _set_up(
     return training
 
 
-def _train_and_report(training: Training, parts: Assembly, result: Result) -> Result:
-    """Train; then measure evaluation's memory, load the best weights, report test once, save the adapter."""
-    resumed = (*result.resumed_from_steps, training.step) if training.step else result.resumed_from_steps
-    clock = time.perf_counter()
+def _optimizer_tensors(engine: Engine, tuner: Tuner, averages: AveragedWeights | None) -> list[Tensor]:
+    """Everything that outlives a step beside parameters and gradients."""
+    state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
+    own = [*tuner.tensors(), *(averages.tensors() if averages else ())]
+    return [value for value in state if isinstance(value, Tensor)] + own
+
+
+def _train_and_report(training: Training, attempt: Attempt) -> Result:
+    """Train; then load the best weights, report test once, save the adapter."""
     outcome = train(training)
-    seconds = {"train": time.perf_counter() - clock}
-    result = replace(
-        result,
-        steps=training.step,
-        resumed_from_steps=resumed,
-        seconds=seconds,
-        throughput=training.timer.report(),
-        memory=_memory(training),
-    )
     if outcome.divergence is not None:
         found = outcome.divergence
-        return replace(result, status="diverged", message=found.describe(), divergence=asdict(found))
+        return replace(attempt.so_far(), status="diverged", message=found.describe(), divergence=asdict(found))
     if outcome.interrupted:
-        return replace(result, status="interrupted", message="stopped by a signal; --resume auto continues")
+        message = "stopped by a signal; --resume auto continues"
+        return replace(attempt.so_far(), status="interrupted", message=message)
+    _measure_evaluation(training)
+    result = attempt.so_far()
     clock = time.perf_counter()
     metrics = _final_metrics(training)
     adapter_bytes = save_adapter(training.tuner, training.folder / "adapter")
-    return replace(
-        result,
-        status="ok",
-        metrics=metrics,
-        best_step=training.best_step,
-        adapter_bytes=adapter_bytes,
-        seconds={**seconds, "evaluate": time.perf_counter() - clock},
-    )
+    evaluation = time.perf_counter() - clock
+    seconds = {**result.seconds, "evaluate": evaluation, "total": result.seconds["total"] + evaluation}
+    return replace(result, status="ok", metrics=metrics, adapter_bytes=adapter_bytes, seconds=seconds)
 
 
 def _final_metrics(training: Training) -> dict[str, dict[str, float]]:
@@ -220,16 +207,15 @@ def _training_losses(parts: Assembly, engine: Engine) -> Iterator[Tensor]:
             yield parts.task(parts.tuner.module, engine.move(batch))["loss"]
 
 
-def _memory(training: Training) -> dict[str, Any] | None:
-    """The probe's report of the one measured step, with one evaluation batch measured now."""
+def _measure_evaluation(training: Training) -> None:
+    """One evaluation batch under the probe, as the phase "evaluate"."""
     if training.config.logging.memory_at_step is None:
-        return None
+        return
     batch = next(iter(evaluation_batches(training.data.validation, training.config.evaluation.batch_size)))
     training.model.eval()
     with training.probe, training.probe.phase("evaluate"), torch.no_grad(), training.engine.autocast():
         training.task.sums(training.model, training.engine.move(batch))
     training.model.train()
-    return training.probe.report()
 
 
 def blank_result(config: Config, varied: Mapping[str, Any], *, message: str | None = None) -> Result:
@@ -252,16 +238,18 @@ def blank_result(config: Config, varied: Mapping[str, Any], *, message: str | No
     )
 
 
-def _record_failure(folder: Path, result: Result, error: BaseException) -> None:
+def _status_of(error: BaseException) -> Status:
+    """What an exception makes of the run. Out of memory on the host is a plain RuntimeError in torch."""
+    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if on_host or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _write_despite_trouble(folder: Path, result: Result) -> None:
     """A best effort: recording must not hide the error that is about to be raised again."""
     with contextlib.suppress(OSError):
-        write_result(folder, replace(result, status="failed", message=f"{type(error).__name__}: {error}"))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On the device, or on the host, where torch reports it as a plain RuntimeError."""
-    host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+        write_result(folder, result)
 
 
 @contextlib.contextmanager
@@ -269,6 +257,8 @@ def _determinism(config: Config) -> Iterator[None]:
     """Only deterministic algorithms while the run lasts, if its config asks for it."""
     before = torch.are_deterministic_algorithms_enabled()
     if config.training.deterministic:
+        # cuBLAS reads it when it starts, and refuses deterministic mode without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         yield

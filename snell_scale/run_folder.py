@@ -1,7 +1,10 @@
 """Opening a run's folder: new, to be continued, or already finished; never two different runs in one."""
 
+import contextlib
+import fcntl
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +14,8 @@ from snell_scale.config import Config, to_dict
 from snell_scale.records import Result, read_result
 
 _OURS = ("config.yaml", "environment.json", "steps.jsonl", "result.json", "adapter", "checkpoints")
+# Results that stand: doing the same again ends the same way. What was interrupted or failed continues.
+_FINAL = ("ok", "diverged", "oom")
 # What may differ between a run and its continuation: it changes what is written, not what is computed.
 _FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name")
 
@@ -35,18 +40,35 @@ def find_finished(
     differing = _differences(folder, to_dict(config))
     if differing:
         raise ValueError(
-            f"{folder} holds a run with another config; it differs in {', '.join(differing)}. Undo that, use "
-            "--overwrite, or set another name"
+            f"{folder} holds a run with another config; it differs in {', '.join(differing)}. Undo that, "
+            "delete the folder, or set another name"
         )
     if not (folder / "result.json").is_file():
         return None
-    result = read_result(folder)
-    return result if result.status == "ok" else None
+    try:
+        result = read_result(folder)
+    except ValueError as error:
+        print(f"the run is done again from its last checkpoint: {error}", file=sys.stderr)
+        return None
+    return result if result.status in _FINAL else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep other processes out of it; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {folder}; wait for it, or set another name"
+            ) from None
+        yield
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder; drop what an earlier run left there (overwrite), or only its result (to continue it)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Drop what an earlier run left in the folder (overwrite), or only its result (to continue it)."""
     for name in _OURS if overwrite else ("result.json",):
         path = folder / name
         if path.is_dir():
@@ -62,8 +84,10 @@ def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
         return []
     try:
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged ({error}); use --overwrite to start over") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {folder} to start over") from None
+    if not isinstance(recorded, Mapping):
+        raise ValueError(f"{path} is damaged (it holds no mapping); delete {folder} to start over")
     return [key for key in _compare(recorded, wanted, "") if key.split(".")[0] not in _FREE_KEYS]
 
 

@@ -103,8 +103,11 @@ def test_schema_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_grid_takes_everything_that_follows_it() -> None:
-    spread = cli._spread_grid(["compare", "a.yaml", "--grid", "methods=a,b", "seeds=0,1", "--jobs", "2"])
+    spread = cli._spread_lists(["compare", "a.yaml", "--grid", "methods=a,b", "seeds=0,1", "--jobs", "2"])
     assert spread == ["compare", "a.yaml", "--grid", "methods=a,b", "--grid", "seeds=0,1", "--jobs", "2"]
+    assert cli._spread_lists(["--grid=seeds=0", "b=1", "--set", "c=2", "d=3"]) == [
+        "--grid", "seeds=0", "--grid", "b=1", "--set", "c=2", "--set", "d=3",
+    ]  # fmt: skip
     assert parse_grid("seeds=0,1") == ("seeds", [0, 1])
     assert parse_grid("training.lr=1e-3,null") == ("training.lr", [1e-3, None])
     assert parse_grid("method.targets=[all, mlp]") == ("method.targets", ["all", "mlp"])

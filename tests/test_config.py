@@ -44,7 +44,7 @@ def test_extends_and_overrides_are_layered() -> None:
     assert config.seed == 7
     assert config.training.min_lr == 1e-5  # from defaults.yaml, three files up
     assert config.method.name == "snell"
-    assert config.method.sparsity == 0.9  # from its variant
+    assert config.method.scale == 3.0  # from its variant
 
 
 def test_one_field_switches_the_method_and_keeps_what_is_shared() -> None:

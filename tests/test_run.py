@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from snell_scale import registry
+from snell_scale.assembly import assemble
 from snell_scale.config import Config
 from snell_scale.engines.single import SingleEngine
 from snell_scale.interfaces import Batch, StepOutput
 from snell_scale.records import MEMORY_CATEGORIES, read_result, read_steps
-from snell_scale.run import assemble, run
+from snell_scale.run import run
 from snell_scale.tasks.classification import Classification
 
 MakeConfig = Callable[..., Config]

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +28,12 @@ class SingleConfig(StrictModel):
     cpu_threads: int | None = Field(
         default=None, gt=0, description="torch's CPU threads; null: as torch chooses. Small models like 1."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "SingleConfig":
+        if self.precision == "fp16" and self.frozen_dtype == "bf16":
+            raise ValueError("frozen_dtype=bf16 does not go with precision=fp16; use precision=bf16")
+        return self
 
     def check(self) -> None:
         """ValueError where this machine cannot do what the config asks."""

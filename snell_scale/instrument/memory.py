@@ -19,6 +19,9 @@ from snell_scale.records import MEMORY_CATEGORIES
 OptimizerState = Optimizer | Callable[[], Iterable[Tensor]]
 
 
+_TRAINING_PHASES = ("forward", "backward", "step")
+
+
 class MemoryProbe:
     """Measures the steps run inside `with probe:`, each part inside `with probe.phase(name):`.
 
@@ -112,13 +115,16 @@ class MemoryProbe:
             self._keep_larger(name, self._entry(self._ledger.peak, peak=True))
 
     def report(self) -> dict[str, Any]:
-        """{"device", "source", "phases": {name: entry}, "peak": the largest entry and its "phase"}.
+        """{"device", "source", "phases": {name: entry}, "peak": the training step's largest, its "phase"}.
+
+        Evaluation is no part of the peak while a training phase was measured: its batch has a size of its own.
 
         entry: total_bytes and its exact split at that instant, `<category>_bytes`; on CUDA also the phase's
         own peaks allocated_bytes and reserved_bytes, and nvml_used_bytes at its end (the whole device's, all
         processes; None without a driver).
         """
-        name = max(self._phases, key=lambda name: self._phases[name]["total_bytes"])
+        of_training = [name for name in self._phases if name in _TRAINING_PHASES]
+        name = max(of_training or self._phases, key=lambda name: self._phases[name]["total_bytes"])
         return {
             "device": str(self.device),
             "source": "cuda allocator" if self.device.type == "cuda" else "live tensor storages",

@@ -75,6 +75,9 @@ class ModuleTuner:
     def end_step(self) -> None:
         pass
 
+    def tensors(self) -> list[Tensor]:
+        return []
+
     def save(self, folder: Path) -> int:
         raise NotImplementedError
 

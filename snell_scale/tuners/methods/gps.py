@@ -81,7 +81,11 @@ class GpsTuner(ModuleTuner):
 
     def save(self, folder: Path) -> int:
         tensors = trained_tensors(self.module)
-        return write_trained(folder, tensors, method=self._config.model_dump(mode="json"), chosen=self._chosen)
+        settings = self._config.model_dump(mode="json")
+        return write_trained(folder, self.module, tensors, method=settings, chosen=self._chosen)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._masks.values(), *self._chosen.values()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"chosen": self._chosen}

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from snell_scale.interfaces import ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, find_targets, matching_modules, seeded
@@ -177,6 +177,12 @@ class SnellaMethodConfig(_KernelConfig):
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
     ) -> SnellaConfig:
+        total_ticks = epochs if self.tick == "epoch" else total_steps
+        if total_ticks <= self.init_warmup + self.final_warmup + 1:
+            raise ValueError(
+                f"SNELLA's budget would never shrink: {total_ticks} {self.tick}(s), warm-ups {self.init_warmup} "
+                f"and {self.final_warmup}, and the first allocates nothing; train longer, or method.tick=step"
+            )
         return SnellaConfig(
             **self.kernel_settings(bundle, targets),
             weighting=self.weighting,
@@ -188,7 +194,7 @@ class SnellaMethodConfig(_KernelConfig):
             beta1=self.beta1,
             beta2=self.beta2,
             tick=self.tick,
-            total_ticks=epochs if self.tick == "epoch" else total_steps,
+            total_ticks=total_ticks,
         )
 
     def tuner(self, module: PeftModel, bundle: ModelBundle) -> "SnellaTuner":
@@ -242,6 +248,9 @@ class SnellaTuner(PeftTuner):
 
     def end_step(self) -> None:
         self._model.update_scores()
+
+    def tensors(self) -> list[Tensor]:
+        return list(self._model.allocator_state_dict().values())
 
     def state_dict(self) -> dict[str, Any]:
         return {"allocator": self._model.allocator_state_dict()}

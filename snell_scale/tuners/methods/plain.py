@@ -57,4 +57,4 @@ class OwnParametersTuner(ModuleTuner):
     def save(self, folder: Path) -> int:
         """`trained.safetensors`; after full fine-tuning it is a complete state dict, usable as model.weights."""
         tensors = self.module.state_dict() if self._saves_all else trained_tensors(self.module)
-        return write_trained(folder, tensors, method=self._settings)
+        return write_trained(folder, self.module, tensors, method=self._settings)

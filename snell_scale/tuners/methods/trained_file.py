@@ -35,14 +35,15 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def write_trained(
     folder: Path,
+    module: nn.Module,
     tensors: Mapping[str, Tensor],
     *,
     method: Mapping[str, Any],
     chosen: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Write `tensors` to `folder`; of those in `chosen` only the entries at these flat indices.
+    """Write `tensors` of `module` to `folder`; of those in `chosen` only the entries at these flat indices.
 
-    method: plain data for method.json. Returns the bytes of the files.
+    method: plain data for method.json, which also notes the module's size. Returns the bytes of the files.
     """
     content: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -56,7 +57,7 @@ def write_trained(
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
     save_file(on_cpu, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(folder / METHOD_FILE, method)
+    write_json(folder / METHOD_FILE, {**method, "model_parameters": _num_parameters(module)})
     return sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, METHOD_FILE))
 
 
@@ -77,6 +78,12 @@ def load_trained(module: nn.Module, folder: Path) -> dict[str, Any]:
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     live = module.state_dict()  # shares memory with the module
+    expected, found = method.get("model_parameters"), _num_parameters(module)
+    if expected != found:
+        raise ValueError(
+            f"{folder} was trained on a model of {expected} parameters, this one has {found}; build the model "
+            "that it was trained on"
+        )
     problems = [name for name, tensor in content.items() if not _fits(name, tensor, live)]
     if problems:
         raise ValueError(
@@ -100,6 +107,10 @@ def _fits(name: str, tensor: Tensor, live: Mapping[str, Tensor]) -> bool:
     if name.endswith(_INDICES):
         return bool(len(tensor) == 0 or (tensor.min() >= 0 and tensor.max() < live[base].numel()))
     return name.endswith(_VALUES) or tensor.shape == live[base].shape
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _owner(name: str) -> str:

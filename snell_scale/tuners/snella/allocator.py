@@ -121,7 +121,8 @@ class SparsityAllocator:
         else:
             dtype = importance_average.dtype
             importance = (factor.to(dtype) * gradient.to(dtype)).abs()
-            importance = torch.where(importance.isnan(), torch.zeros_like(importance), importance)
+            # As the authors do for NaN. An infinity (overflow under loss scaling) would stay in the averages.
+            importance = torch.where(importance.isfinite(), importance, torch.zeros_like(importance))
         importance_average.mul_(self.beta1).add_(importance * (1 - self.beta1))
         deviation = (importance - importance_average).abs()
         uncertainty_average.mul_(self.beta2).add_(deviation * (1 - self.beta2))

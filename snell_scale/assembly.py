@@ -1,0 +1,46 @@
+"""The parts of a run, built from its config on the CPU: every mistake in the config shows here."""
+
+from dataclasses import dataclass
+
+from snell_scale.config import Config
+from snell_scale.data.batches import steps_per_epoch
+from snell_scale.interfaces import DataBundle, ModelBundle, Task, Tuner
+from snell_scale.training import total_steps
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run, built on the CPU: no device has been touched yet."""
+
+    config: Config
+    data: DataBundle
+    bundle: ModelBundle
+    task: Task
+    tuner: Tuner
+    total_parameters: int
+    trainable_parameters: int
+
+
+def assemble(config: Config) -> Assembly:
+    """Build data, model, task and tuner on the CPU; no device is touched."""
+    config.engine.check()
+    data = config.data.build(seed=config.data_seed)
+    if config.training.batch_size > data.sizes["train"]:
+        raise ValueError(
+            f"training.batch_size={config.training.batch_size} is more than the {data.sizes['train']} training "
+            "samples; lower it, or take more samples"
+        )
+    bundle = config.model.build(num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed)
+    if config.training.activation_checkpointing and not bundle.wrap_points:
+        raise ValueError(
+            "training.activation_checkpointing=true, but this model lists no blocks to wrap; set it to false"
+        )
+    task = config.task.build(class_names=data.class_names)
+    total_count = sum(p.numel() for p in bundle.module.parameters())
+    tuner = config.method.apply(
+        bundle,
+        total_steps=total_steps(config, data),
+        steps_per_epoch=steps_per_epoch(data.train, config.training.batch_size),
+        seed=config.seed,
+    )
+    return Assembly(config, data, bundle, task, tuner, total_count, tuner.num_trainable())
