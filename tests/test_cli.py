@@ -1,8 +1,11 @@
 """The command line as a user meets it: what it prints, its exit codes, and bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 
 from snell_scale import cli, registry
 from snell_scale.compare import parse_grid, plan_study, run_study
-from snell_scale.records import read_result
+from snell_scale.records import read_result, read_steps
 
 
 def call(
@@ -128,8 +131,69 @@ def test_a_study_runs_every_combination_and_survives_a_failing_one(tiny_file: Pa
     assert sorted(seen) == sorted(p.config.name for p in planned)
     assert [r.status for r in results] == ["ok", "ok", "failed", "failed"]
     assert "nothing_like_this" in (results[2].message or "")
-    folder = Path(planned[0].config.output_dir) / "study" / "sparse-seed0"
-    assert read_result(folder).varied == {"case": "sparse", "seed": 0}
+    study = Path(planned[0].config.output_dir) / "study"
+    assert read_result(study / "sparse-seed0").varied == {"case": "sparse", "seed": 0}
+    assert read_result(study / "broken-seed0").status == "failed"  # no row of a study is lost
+
+
+def test_merging_into_another_base_is_refused(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load(tiny_file.read_text())
+    other = tiny_file.with_name("other.yaml")
+    adapter = tiny_file.parent / "runs" / "tiny" / "adapter"
+    call(monkeypatch, capsys, "run", str(tiny_file), "training.steps=2")
+    for depth, width in ((1, 16), (3, 16), (2, 32)):
+        raw["model"]["arguments"] |= {"depth": depth, "embed_dim": width}
+        other.write_text(yaml.safe_dump(raw))
+        arguments = (
+            "merge",
+            str(adapter),
+            "--base",
+            str(other),
+            "--output",
+            str(tiny_file.with_name("m.safetensors")),
+        )
+        code, _, err = call(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert "not an adapter of this model" in err
+    assert not tiny_file.with_name("m.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_study_saves_and_continues(tiny_file: Path, number: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "snell_scale.cli",
+        "compare",
+        str(tiny_file),
+        "--name",
+        "study",
+        "--jobs",
+        "2",
+    ]
+    command += ["--set", "training.steps=400", "--grid", "seeds=0,1,2,3"]
+    study = tiny_file.parent / "runs" / "study"
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not all(len(read_steps(study / f"seed{seed}")) > 20 for seed in (0, 1)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert [read_result(study / f"seed{seed}").status for seed in (0, 1)] == ["interrupted", "interrupted"]
+    assert not (study / "seed2").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nothing of the group is left
+    assert subprocess.run(command, check=False).returncode == 0
+    assert [read_result(study / f"seed{seed}").status for seed in range(4)] == ["ok"] * 4
+    assert read_result(study / "seed0").resumed_from_steps
 
 
 def test_import_is_light() -> None:

@@ -78,6 +78,11 @@ def test_resolved_config_reads_back_to_itself(tmp_path: Path) -> None:
         ("training.min_lr=1.0", "above lr"),
         ("name=../elsewhere", "expected a folder below output_dir"),
         ("engine.device=tpu", "engine.device"),
+        ("training.lr=.inf", "finite number"),
+        ("training.betas=[2, 5]", "less than 1"),
+        ("seed=99999999999999999999", "less than"),
+        ("method.name=[a]", "not known"),
+        ("engine={name: single, precision: fp16, frozen_dtype: bf16}", "use precision=bf16"),
         ("lr", "not of the form key=value"),
         ("method=lora", "expected a mapping with a 'name'"),
     ],
@@ -101,6 +106,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert "extends itself" in error_of(path)
     path.write_bytes(b"\xff\xfe\x00")
     assert "not readable YAML" in error_of(path)
+    path.write_text("seed: 1\nname: a\nseed: 2\n")
+    assert "'seed' stands twice" in error_of(path)
+    path.write_text(f"extends: {TRANSFER}\nvariants: {{snel: {{}}}}\n")
+    assert "did you mean 'snell'" in error_of(path)
+    path.write_text(f"extends: {TRANSFER}\nvariants: [1]\n")
+    assert "expected a mapping" in error_of(path)
     path.write_text(f"extends: {TRANSFER}\ngrid: {{seed: [0]}}\n")
     assert "snell-scale compare" in error_of(path)
 

@@ -17,6 +17,7 @@ from snell_scale.engines.single import SingleEngine
 from snell_scale.interfaces import Batch, StepOutput
 from snell_scale.records import MEMORY_CATEGORIES, read_result, read_steps
 from snell_scale.run import run
+from snell_scale.run_folder import locked
 from snell_scale.tasks.classification import Classification
 
 MakeConfig = Callable[..., Config]
@@ -90,6 +91,10 @@ def test_a_killed_run_resumes_with_identical_losses(
     assert result.metrics == expected.metrics
     assert result.best_step == expected.best_step
     assert result.resumed_from_steps == (4,)
+    assert result.memory is not None
+    assert expected.memory is not None
+    assert result.memory["peak"] == expected.memory["peak"]
+    assert result.seconds["train"] > 0
 
 
 def test_a_finished_run_is_not_run_again(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +162,11 @@ def test_out_of_memory_is_a_result(tiny: MakeConfig, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SingleEngine, "backward", exhausted)
     config = tiny()
     assert run(config, quiet=True).status == "oom"
-    assert read_result(folder_of(config)).status == "oom"
+    result = read_result(folder_of(config))
+    assert result.status == "oom"
+    assert (result.total_steps, result.steps) == (8, 0)
+    assert result.trainable_parameters
+    assert run(config, resume="auto", quiet=True).status == "oom"  # a result that stands is not tried again
 
 
 def test_any_other_failure_is_recorded_and_raised(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,3 +244,38 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: MakeConfig) -> No
     ]:
         with pytest.raises(ValueError, match=expected):
             assemble(tiny(override))
+
+
+def test_every_resume_is_remembered(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    for kill_step in (4, 3):
+        with monkeypatch.context() as patch:
+            kill_at_step(patch, kill_step)
+            with pytest.raises(Killed):
+                run(config, resume="auto", quiet=True)
+    assert run(config, resume="auto", quiet=True).resumed_from_steps == (2, 4)
+
+
+def test_a_damaged_result_does_not_block_a_resume(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny()
+    run(config, quiet=True)
+    (folder_of(config) / "result.json").write_text('{"name": ')
+    assert run(config, resume="auto", quiet=True).status == "ok"
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_folder(tiny: MakeConfig) -> None:
+    config = tiny()
+    with locked(folder_of(config)), pytest.raises(ValueError, match="another process"):
+        run(config, quiet=True)
+    assert run(config, quiet=True).status == "ok"
+
+
+def test_the_peak_is_of_training(tiny: MakeConfig) -> None:
+    result = run(
+        tiny("data.validation_per_class=60", "evaluation.batch_size=180", "method.name=probe"), quiet=True
+    )
+    assert result.memory is not None
+    phases = result.memory["phases"]
+    assert phases["evaluate"]["total_bytes"] > phases["forward"]["total_bytes"]
+    assert result.memory["peak"]["phase"] in ("forward", "backward", "step")
