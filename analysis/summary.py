@@ -55,7 +55,8 @@ def _best(table: pd.DataFrame, metric: str) -> str:
     best, *others = ranked
     if not others:
         return f"{best['label']}: {name} on the test split is {score(best)} ({_seeds(best)})."
-    told = f"{best['label'][:1].upper()}{best['label'][1:]} has the highest {name} on the test split: {score(best)} ({_seeds(best)})."
+    subject = best["label"][:1].upper() + best["label"][1:]
+    told = f"{subject} has the highest {name} on the test split: {score(best)} ({_seeds(best)})."
     if math.isnan(best["score_std"]):
         return f"{told} One seed shows no spread: the order is not settled."
     near = [f"{row['label']} ({score(row)})" for row in others if _overlap(best, row)]
