@@ -50,8 +50,9 @@ class StudyProgress:
         """Report one run."""
         self._num_done += 1
         self._bar.advance(self._task)
-        value = result.metrics.get("test", {}).get(result.metric or "")
-        figure = f"test {result.metric} {value:.2f}" if value is not None else (result.message or "")[:120]
+        # Validation, not test: this line is watched while settings are being chosen.
+        value = result.metrics.get("validation", {}).get(result.metric or "")
+        figure = f"validation {result.metric} {value:.2f}" if value is not None else (result.message or "")[:120]
         seconds = result.seconds.get("total")
         took = f"{seconds:.0f} s" if seconds is not None else ""
         count = f"[{self._num_done}/{self._num_runs}]".rjust(9)
