@@ -43,7 +43,7 @@ class MethodConfig(StrictModel, ABC):
         """Change the bundle's module in place and say what trains. New parameters are a function of `seed`."""
 
 
-class ModuleTuner:
+class ModuleTuner(ABC):
     """A tuner that needs nothing between steps and keeps no state; see `interfaces.Tuner`.
 
     Batch norms whose parameters are all frozen run on their stored statistics: these belong to the frozen
@@ -73,13 +73,13 @@ class ModuleTuner:
         return {}
 
     def end_step(self) -> None:
-        pass
+        return None
 
     def tensors(self) -> list[Tensor]:
         return []
 
-    def save(self, folder: Path) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def save(self, folder: Path) -> int: ...
 
     def hold_statistics(self) -> None:
         """Before every forward in training mode, for `module.train()` has reset it."""
