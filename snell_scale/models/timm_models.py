@@ -130,7 +130,8 @@ class TimmConfig(StrictModel):
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(
-            f"model.weights: there is no file {path}; give the .safetensors file of an earlier run, "
+            f"model.weights: there is no file {path} (looked for from {Path.cwd()}); make it first (the demo's: "
+            "snell-scale run configs/demo/pretrain.yaml), or give the .safetensors file of another run, "
             "'pretrained', or null for random weights"
         )
     try:
