@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_every_method_runs_and_leaves_a_complete_record(tiny: MakeConfig, method
         assert phase["total_bytes"] == sum(phase[f"{category}_bytes"] for category in MEMORY_CATEGORIES)
     assert result.throughput["images_per_s"] is not None
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize("method", ["snell", "snella", "lora", "gps", "full"])
