@@ -60,7 +60,8 @@ def run(
 ) -> None:
     """Train one config and record the run.
 
-    Exit code: 0 ok, 1 failed, 2 bad input, 3 out of memory, 4 diverged, 130 interrupted (resumable).
+    Exit code: 0 ok, 1 failed, 2 bad input or a full or unwritable disk, 3 out of memory, 4 diverged,
+    130 interrupted (resumable).
     """
     if resume not in ("never", "auto"):
         raise ValueError(f"--resume is {resume!r}, expected auto or never")

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from snell_scale.data.batches import evaluation_batches, training_batches
+from snell_scale.data.batches import StepBatches, evaluation_batches, training_batches
 from snell_scale.engines.checkpoint import save_checkpoint
 from snell_scale.instrument.divergence import Divergence
 from snell_scale.instrument.memory import MemoryProbe
@@ -31,13 +32,7 @@ def train(run: Training) -> Outcome:
     total = total_steps(run.config, run.data)
     training, logging = run.config.training, run.config.logging
     measured_step = run.step + min(logging.memory_at_step or 0, total - run.step)
-    batches = training_batches(
-        run.data.train,
-        batch_size=training.batch_size,
-        seed=run.config.seed,
-        start_step=run.step,
-        gradient_accumulation=training.gradient_accumulation,
-    )
+    batches = _batches(run)
     run.progress.start(total, done=run.step)
     while run.step < total:
         if run.stop_requested():
@@ -83,6 +78,18 @@ def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
             sums = {key: sums[key] + value if key in sums else value for key, value in part.items()}
     run.model.train(was_training)
     return run.task.metrics(run.engine.sum(sums))
+
+
+def _batches(run: Training) -> Iterator[StepBatches]:
+    """The rest of the run's batches, from its next step on."""
+    training = run.config.training
+    return training_batches(
+        run.data.train,
+        batch_size=training.batch_size,
+        seed=run.config.seed,
+        start_step=run.step,
+        gradient_accumulation=training.gradient_accumulation,
+    )
 
 
 def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:

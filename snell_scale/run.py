@@ -57,18 +57,19 @@ def run(
             parts = assemble(config)
             with locked(folder):
                 prepare_folder(folder, overwrite=overwrite)
+                attempt.owns_folder = True
                 result = _run(parts, folder, attempt, stop_requested, quiet=quiet)
+                write_result(folder, result)
+                return result
         except BaseException as error:
             status = _status_of(error)
-            if status == "failed" and attempt.training is None:
+            if status != "oom" and not attempt.owns_folder:
                 raise
             result = replace(attempt.so_far(), status=status, message=f"{type(error).__name__}: {error}")
             _write_despite_trouble(folder, result)
             if status != "oom":
                 raise
             return result
-    write_result(folder, result)
-    return result
 
 
 class Attempt:
@@ -77,6 +78,7 @@ class Attempt:
     def __init__(self, result: Result) -> None:
         self.result = result
         self.training: Training | None = None
+        self.owns_folder = False
         self._started = time.perf_counter()
 
     def so_far(self) -> Result:

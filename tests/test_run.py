@@ -194,6 +194,19 @@ def test_memory_savers_do_not_change_the_mathematics(tiny: MakeConfig, option: s
         assert abs(a - b) <= 2e-4 * abs(a)
 
 
+def test_a_failure_before_the_first_step_is_recorded_too(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: SingleEngine, *arguments: object) -> None:
+        raise KeyError("a bug in setup")
+
+    monkeypatch.setattr(SingleEngine, "setup", broken)
+    config = tiny()
+    with pytest.raises(KeyError, match="a bug in setup"):
+        run(config, quiet=True)
+    assert read_result(folder_of(config)).status == "failed"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "snell", "snella"])
 def test_a_compiled_run_follows_the_eager_one(tiny: MakeConfig, method: str) -> None:

@@ -74,6 +74,8 @@ def test_snell_refuses(values: dict[str, Any], message: str) -> None:
         ({"final_warmup": 1.5}, "final_warmup must be a whole number"),
         ({"total_ticks": 0}, "total_ticks must be a whole number"),
         ({"total_ticks": 5, "init_warmup": 3, "final_warmup": 2}, "total_ticks=5 must exceed init_warmup"),
+        ({"total_ticks": 6, "init_warmup": 3, "final_warmup": 2}, "total_ticks=6 must exceed init_warmup"),
+        ({"total_ticks": 1}, "total_ticks=1 must exceed init_warmup"),
         ({"r": 0}, "r is missing"),
         ({"kernel": "none"}, "unknown kernel"),
     ],

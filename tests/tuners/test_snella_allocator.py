@@ -101,10 +101,11 @@ def test_stacked_matrices_score_as_separate_ones(factors: dict[str, np.ndarray])
     assert single.scores()[0] > 0
 
 
-def test_moving_averages_by_hand() -> None:
+@pytest.mark.parametrize("overflow", [math.nan, math.inf])
+def test_moving_averages_by_hand(overflow: float) -> None:
     allocator = SparsityAllocator({"x": (1, 4)}, allocator_of(RUNS[0]).schedule, beta1=0.5, beta2=0.25)
     A, B = torch.full((1, 1, 2, 1), 2.0), torch.full((1, 1, 2, 1), 1.0)
-    dA = torch.tensor([3.0, math.nan]).view(1, 1, 2, 1)
+    dA = torch.tensor([3.0, overflow]).view(1, 1, 2, 1)
     allocator.update({"x": FactorStep(A, B, dA, None)})
     # I = (6, 0): Ī = (3, 0), U = 0.75·|I − Ī| = (2.25, 0); the score is their mean product 3.375, B's is 0.
     assert allocator.scores() == [3.375]

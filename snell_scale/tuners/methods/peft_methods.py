@@ -177,12 +177,6 @@ class SnellaMethodConfig(_KernelConfig):
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
     ) -> SnellaConfig:
-        total_ticks = epochs if self.tick == "epoch" else total_steps
-        if total_ticks <= self.init_warmup + self.final_warmup + 1:
-            raise ValueError(
-                f"SNELLA's budget would never shrink: {total_ticks} {self.tick}(s), warm-ups {self.init_warmup} "
-                f"and {self.final_warmup}, and the first allocates nothing; train longer, or method.tick=step"
-            )
         return SnellaConfig(
             **self.kernel_settings(bundle, targets),
             weighting=self.weighting,
@@ -194,7 +188,7 @@ class SnellaMethodConfig(_KernelConfig):
             beta1=self.beta1,
             beta2=self.beta2,
             tick=self.tick,
-            total_ticks=total_ticks,
+            total_ticks=epochs if self.tick == "epoch" else total_steps,
         )
 
     def tuner(self, module: PeftModel, bundle: ModelBundle) -> "SnellaTuner":

@@ -66,10 +66,11 @@ class SnellaConfig(SnellConfig):
                 f"total_ticks is missing: to train SNELLA, set it to the number of {self.tick}s of the training"
             )
         check_count("total_ticks", self.total_ticks)
-        if self.total_ticks <= self.init_warmup + self.final_warmup:
+        # The first tick allocates nothing: with one more tick than the warm-ups the budget would never shrink.
+        if self.total_ticks <= self.init_warmup + self.final_warmup + 1:
             raise ValueError(
-                f"total_ticks={self.total_ticks} must exceed init_warmup + final_warmup = "
-                f"{self.init_warmup} + {self.final_warmup}: raise it or shorten the warm-ups"
+                f"total_ticks={self.total_ticks} must exceed init_warmup + final_warmup + 1 = "
+                f"{self.init_warmup} + {self.final_warmup} + 1: train longer, shorten the warm-ups, or count in steps (tick='step')"
             )
         return BudgetSchedule(
             init_sparsity=self.init_sparsity,
