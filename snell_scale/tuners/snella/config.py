@@ -70,7 +70,8 @@ class SnellaConfig(SnellConfig):
         if self.total_ticks <= self.init_warmup + self.final_warmup + 1:
             raise ValueError(
                 f"total_ticks={self.total_ticks} must exceed init_warmup + final_warmup + 1 = "
-                f"{self.init_warmup} + {self.final_warmup} + 1: train longer, shorten the warm-ups, or count in steps (tick='step')"
+                f"{self.init_warmup} + {self.final_warmup} + 1: train longer, shorten the "
+                "warm-ups, or count in steps (tick='step')"
             )
         return BudgetSchedule(
             init_sparsity=self.init_sparsity,
