@@ -1,4 +1,4 @@
-"""The command line: run, compare, list, schema and merge. Parses, calls, prints."""
+"""The command line: run, compare, bench, list, schema and merge. Parses, calls, prints."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from snell_scale import registry
+from snell_scale.bench.cli import app as bench_app
 from snell_scale.config import Config, json_schema, load_config, to_dict
 from snell_scale.records import Result
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune large vision models with little memory, and compare the ways to do it.",
 )
+app.add_typer(bench_app, name="bench")
 # Wide where nobody watches: a log must not lose the end of a name.
 _console = Console() if sys.stdout.isatty() else Console(width=160)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from snell_scale.kernels.merge import PYTHON_BODIES
 from snell_scale.records import MEMORY_CATEGORIES
 
 # A storage that is several things at once counts as the strongest: a parameter saved for backward stays a
@@ -126,7 +127,13 @@ class StorageWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._see_all((args, kwargs))
-        result = func(*args, **kwargs)
+        body = PYTHON_BODIES.get(func)
+        if body is None:
+            result = func(*args, **kwargs)
+        else:
+            # An operator written in torch operations: what it holds for a while counts as well.
+            with self:
+                result = body(*args, **kwargs)
         self._see_all(result)
         return result
 

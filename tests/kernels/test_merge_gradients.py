@@ -158,6 +158,46 @@ def test_any_shape_equals_the_specification(
     assert_close(case.gradients(y), expected, tolerance=TOLERANCE * _cancellation(case))
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    kernel=st.sampled_from(KERNEL_NAMES),
+    weighting=st.sampled_from(WEIGHTING_NAMES),
+    sparsity=st.floats(0, 1, exclude_max=True),
+    rows=st.integers(1, 300),
+    num_in=st.integers(1, 300),
+    components=st.integers(1, 4),
+    rank_per_component=st.integers(1, 16),
+    limit_bytes=st.sampled_from([2**16, 2**20, 2**26]),
+    seed=st.integers(0, 1000),
+)
+def test_larger_shapes_in_tiles_equal_the_specification(
+    kernel: str,
+    weighting: str,
+    sparsity: float,
+    rows: int,
+    num_in: int,
+    components: int,
+    rank_per_component: int,
+    limit_bytes: int,
+    seed: int,
+) -> None:
+    case = make_case(
+        kernel,
+        weighting=weighting,
+        sparsity=sparsity,
+        rows=rows,
+        num_in=num_in,
+        rank=components * rank_per_component,
+        components=components,
+        seed=seed,
+    )
+    y = merge_linear(
+        case.x, case.weight, case.A, case.B, case.bias, transient_limit_bytes=limit_bytes, **case.settings
+    )
+    expected = case.gradients(case.reference())
+    assert_close(case.gradients(y), expected, tolerance=TOLERANCE * _cancellation(case))
+
+
 def _cancellation(case: MergeCase) -> float:
     """How much |a|² − 2 a·b + |b|² may magnify rounding: the largest (|a|² + |b|²) / |a − b|² of any pair."""
     A, B = case.A.detach()[:, :, None, :, :], case.B.detach()[:, :, :, None, :]

@@ -6,15 +6,19 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .kernel_values import KERNELS
+from .choice import IMPLEMENTATIONS
+from .delta import KERNEL_PARAMETERS, WEIGHTINGS
 
-WEIGHTINGS = ("magnitude", "soft", "hard")
 
-
-def check_names(kernel: str, weighting: str) -> None:
-    """Kernel and weighting exist."""
-    for what, name, valid in (("kernel", kernel, KERNELS), ("weighting", weighting, WEIGHTINGS)):
+def check_names(kernel: str, weighting: str, implementation: str) -> None:
+    """Kernel, weighting and implementation exist."""
+    for what, name, valid in (
+        ("kernel", kernel, KERNEL_PARAMETERS),
+        ("weighting", weighting, WEIGHTINGS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
         if name not in valid:
             raise ValueError(f"unknown {what} {name!r}{_nearest(name, valid)}; choose one of {', '.join(valid)}")
 
@@ -67,9 +71,46 @@ def check_bias(bias: Tensor | None, *, num_out: int) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({num_out},), one per output feature")
 
 
-def ordered_params(kernel: str, kernel_params: Mapping[str, Tensor] | None, *, num_groups: int) -> list[Tensor]:
-    """The kernel's parameters in its own order; exactly those it has, one number per group."""
-    given, needed = dict(kernel_params or {}), KERNELS[kernel].parameters
+def check_limit(transient_limit_bytes: int) -> None:
+    """A positive number of bytes; however small, one tile of columns is always taken."""
+    if (
+        isinstance(transient_limit_bytes, bool)
+        or not isinstance(transient_limit_bytes, int)
+        or transient_limit_bytes < 1
+    ):
+        raise ValueError(
+            f"transient_limit_bytes is {transient_limit_bytes!r}; expected a positive whole number: give bytes, "
+            "e.g. 64 * 2**20"
+        )
+
+
+def check_memory(threshold_memory: Tensor | None, *, num_groups: int) -> None:
+    """One bracket per group."""
+    if threshold_memory is None:
+        return
+    if tuple(threshold_memory.shape) != (num_groups, 2) or not threshold_memory.dtype.is_floating_point:
+        raise ValueError(
+            f"threshold_memory is {tuple(threshold_memory.shape)} {threshold_memory.dtype}; expected floating "
+            f"({num_groups}, 2): start with torch.full(({num_groups}, 2), math.nan)"
+        )
+
+
+def check_finite(factors: Sequence[Tensor]) -> None:
+    """No NaN and no infinity in A, B and the kernel's parameters. Reads them back from their device."""
+    if torch.compiler.is_compiling() or isinstance(factors[0], FakeTensor) or factors[0].is_meta:
+        return
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise ValueError(
+            "A, B or a kernel parameter holds NaN or infinity, so there is no delta: the training that made them "
+            "diverged; go back to an earlier checkpoint"
+        )
+
+
+def named_params(
+    kernel: str, kernel_params: Mapping[str, Tensor] | None, *, num_groups: int
+) -> dict[str, Tensor]:
+    """The kernel's parameters, exactly those it has, (G,) each."""
+    given, needed = dict(kernel_params or {}), KERNEL_PARAMETERS[kernel]
     if set(given) != set(needed):
         raise ValueError(
             f"kernel_params has {sorted(given) or 'nothing'}; kernel {kernel!r} takes exactly "
@@ -82,7 +123,7 @@ def ordered_params(kernel: str, kernel_params: Mapping[str, Tensor] | None, *, n
             raise ValueError(
                 f"kernel_params[{name!r}] has shape {tuple(value.shape)}; expected ({num_groups},), one per group"
             )
-    return [given[name] for name in needed]
+    return {name: value.reshape(-1) for name, value in given.items()}
 
 
 def sparsity_per_group(

@@ -1,4 +1,4 @@
-"""The op's public functions: they check what they are given, follow autocast, and call the autograd Function."""
+"""The op's public functions: they check what they are given, follow autocast, and call the operators."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .autograd import MergeFunction, MergeOptions
-from .numerics import factor_dtype
-from .products import Conv2dProduct, LinearProduct, Product, WeightItself
+from .choice import choose_implementation
+from .delta import KERNEL_PARAMETERS
+from .numerics import factor_dtype, without_autocast
+from .operators import Call, merge_forward, merge_thresholds
+from .reference import delta_weight_reference
+from .walk import DEFAULT_TRANSIENT_LIMIT_BYTES
 
 Sparsity = float | Sequence[float] | Tensor | None
 
@@ -26,6 +29,9 @@ def merge_linear(
     weighting: str = "magnitude",
     scale: float = 0.1,
     kernel_params: Mapping[str, Tensor] | None = None,
+    threshold_memory: Tensor | None = None,
+    implementation: str = "auto",
+    transient_limit_bytes: int = DEFAULT_TRANSIENT_LIMIT_BYTES,
 ) -> Tensor:
     """y = x (W0 + ΔW)ᵀ + b, with ΔW = K(A, B) ⊙ g ⊙ M of SNELL (arXiv 2411.01800) or SNELLA (arXiv 2510.24037).
 
@@ -39,18 +45,24 @@ def merge_linear(
     weighting: g = |K| (magnitude) | |K| − τ (soft) | 1 (hard).
     scale: the c of K = c Σ_h (−1)^h d_h; it multiplies the distance part only, the other kernels do not read it.
     kernel_params: alpha, gamma, beta, each (G,), for mixk, sigmoid, rbf and exponential.
+    threshold_memory: (G, 2) floating, NaN at first, overwritten by each call: where the next looks for τ first.
+    It saves time and changes nothing else; a layer keeps one from step to step.
+    implementation: auto (triton on CUDA, else torch) | reference (plain autograd) | torch | triton.
+    transient_limit_bytes: bound of what a call holds for a while besides its results, whatever the layer's size.
     Gradients reach x, weight, A, B, bias and kernel_params, each only if it requires one; g and M carry none.
     Raises ValueError for shapes that do not fit, unknown names, missing parameters, sparsity out of range.
     Plain equivalent: `F.linear(x, weight + delta_weight_reference(A, B, ...), bias)`.
     """
-    options, params = _checked(A, B, LinearProduct(), sparsity, kernel, weighting, scale, kernel_params)
+    call, sparsity = _checked(
+        A, B, (), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+    )
     if weight is not None:
         if weight.dim() != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out, in)")
         checks.check_weight(A, B, weight.shape, num_in=weight.shape[1])
     if x.dim() == 0 or x.shape[-1] != A.shape[-2]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {A.shape[-2]}), the in of A")
-    return _apply(options, x, weight, A, B, bias, params)
+    return _product(call, x, weight, bias, sparsity, threshold_memory)
 
 
 def merge_conv2d(
@@ -69,6 +81,9 @@ def merge_conv2d(
     weighting: str = "magnitude",
     scale: float = 0.1,
     kernel_params: Mapping[str, Tensor] | None = None,
+    threshold_memory: Tensor | None = None,
+    implementation: str = "auto",
+    transient_limit_bytes: int = DEFAULT_TRANSIENT_LIMIT_BYTES,
 ) -> Tensor:
     """y = conv2d(x, W0 + ΔW) + b; the weight (out, in, kh, kw) is seen as a matrix (out, in·kh·kw).
 
@@ -87,11 +102,13 @@ def merge_conv2d(
         )
     stride, dilation = _pair(stride), _pair(dilation)
     x_padded, sides = _resolve_padding(x, padding, window=shape[2:], dilation=dilation, stride=stride)
-    product = Conv2dProduct(shape, stride=stride, padding=sides, dilation=dilation)
-    options, params = _checked(A, B, product, sparsity, kernel, weighting, scale, kernel_params)
+    geometry = (*shape[2:], *stride, *sides, *dilation)
+    call, sparsity = _checked(
+        A, B, geometry, sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+    )
     checks.check_weight(A, B, shape, num_in=shape[1] * shape[2] * shape[3])
     batched = x_padded if x.dim() == 4 else x_padded.unsqueeze(0)
-    y = _apply(options, batched, weight, A, B, bias, params)
+    y = _product(call, batched, weight, bias, sparsity, threshold_memory)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -104,49 +121,113 @@ def delta_weight(
     weighting: str = "magnitude",
     scale: float = 0.1,
     kernel_params: Mapping[str, Tensor] | None = None,
+    implementation: str = "auto",
+    transient_limit_bytes: int = DEFAULT_TRANSIENT_LIMIT_BYTES,
 ) -> Tensor:
-    """ΔW, (out, in), in the factors' dtype, at least float32; arguments and gradients as `merge_linear`."""
-    options, params = _checked(A, B, WeightItself(), sparsity, kernel, weighting, scale, kernel_params)
-    no_input = torch.empty(0, dtype=factor_dtype(A), device=A.device)
-    return MergeFunction.apply(options, no_input, None, None, A, B, *params)
+    """ΔW, (out, in), in the factors' dtype, at least float32; arguments and gradients as `merge_linear`.
+
+    Not of the hot path: it looks at the factors, and raises ValueError if one is not finite.
+    """
+    call, sparsity = _checked(
+        A, B, (0,), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+    )
+    checks.check_finite(call.factors)
+    no_input = torch.empty(0, A.shape[-2], dtype=factor_dtype(A), device=A.device)
+    return _merged(call, no_input, None, None, sparsity, None)
 
 
 def _checked(
     A: Tensor,
     B: Tensor,
-    product: Product,
+    geometry: tuple[int, ...],
     sparsity: Sparsity,
     kernel: str,
     weighting: str,
     scale: float,
     kernel_params: Mapping[str, Tensor] | None,
-) -> tuple[MergeOptions, list[Tensor]]:
-    checks.check_names(kernel, weighting)
+    implementation: str,
+    transient_limit_bytes: int,
+) -> tuple[Call, Tensor | None]:
+    """The call, its tensors with a dimension for the groups; the sparsity as a tensor (G,), None when dense."""
+    checks.check_names(kernel, weighting, implementation)
     checks.check_factors(A, B)
-    num_groups = A.shape[0] if A.dim() == 4 else 1
-    params = checks.ordered_params(kernel, kernel_params, num_groups=num_groups)
-    per_group = checks.sparsity_per_group(sparsity, num_groups=num_groups)
-    return MergeOptions(kernel, weighting, float(scale), per_group, product), params
+    checks.check_limit(transient_limit_bytes)
+    A, B = (factor if factor.dim() == 4 else factor.unsqueeze(0) for factor in (A, B))
+    params = checks.named_params(kernel, kernel_params, num_groups=A.shape[0])
+    per_group = checks.sparsity_per_group(sparsity, num_groups=A.shape[0])
+    alpha, gamma, beta = (params.get(name) for name in ("alpha", "gamma", "beta"))
+    chosen = choose_implementation(implementation, A)
+    call = Call(
+        A, B, alpha, gamma, beta, geometry, kernel, weighting, float(scale), chosen, transient_limit_bytes
+    )
+    return call, _on_device(per_group, A)
 
 
-def _apply(
-    options: MergeOptions,
+def _on_device(sparsity: tuple[float, ...] | Tensor | None, A: Tensor) -> Tensor | None:
+    """(G,) float64. A number is filled in on the device: nothing is copied there and nothing waits."""
+    if sparsity is None:
+        return None
+    if isinstance(sparsity, Tensor):
+        return sparsity.to(A.device, non_blocking=True)
+    if len(set(sparsity)) == 1:
+        return torch.full((len(sparsity),), sparsity[0], dtype=torch.float64, device=A.device)
+    return torch.stack([torch.full((), each, dtype=torch.float64, device=A.device) for each in sparsity])
+
+
+def _product(
+    call: Call,
     x: Tensor,
     weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
     bias: Tensor | None,
-    params: list[Tensor],
+    sparsity: Tensor | None,
+    memory: Tensor | None,
 ) -> Tensor:
     """Rounds x and bias as autocast would for F.linear, differentiably; the weight is handed on untouched."""
-    num_groups = A.shape[0] if A.dim() == 4 else 1
-    checks.check_bias(bias, num_out=num_groups * B.shape[-2])
+    checks.check_bias(bias, num_out=call.num_out)
+    checks.check_memory(memory, num_groups=call.A.shape[0])
     lower = _autocast_dtype(x)
     if lower is not None:
         x = x.to(lower)
         bias = None if bias is None else bias.to(lower)
     checks.check_dtypes(x, weight, bias, is_autocast=lower is not None)
-    return MergeFunction.apply(options, x, weight, bias, A, B, *params)
+    return _merged(call, x, weight, bias, sparsity, memory)
+
+
+def _merged(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sparsity: Tensor | None,
+    memory: Tensor | None,
+) -> Tensor:
+    if call.implementation == "reference":
+        return _by_reference(call, x, weight, bias, sparsity)
+    without_history = (None if each is None else each.detach() for each in call[:5])
+    taus, logs = merge_thresholds(sparsity, memory, *without_history, *call[5:])
+    return merge_forward(
+        x, weight, bias, None if sparsity is None else taus, logs if logs.dim() == 2 else None, *call
+    )
+
+
+def _by_reference(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, sparsity: Tensor | None
+) -> Tensor:
+    """The specification, with plain autograd: every (out, in) tensor is kept."""
+    delta = call.delta(is_dense=sparsity is None)
+    with without_autocast(x.device):
+        merged = delta_weight_reference(
+            delta.A,
+            delta.B,
+            sparsity=sparsity,
+            kernel=call.kernel,
+            weighting=call.weighting,
+            scale=call.scale,
+            kernel_params=dict(zip(KERNEL_PARAMETERS[call.kernel], delta.params, strict=True)),
+        )
+        if weight is not None:
+            merged = merged + weight.flatten(1)
+        return call.product.add_output(None, x, merged.to(x.dtype), slice(0, merged.shape[1]), bias)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

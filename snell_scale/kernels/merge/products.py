@@ -1,25 +1,39 @@
 """What the merged weight is multiplied into: a linear layer, a convolution, or nothing (the delta itself).
 
-Each product is linear in the weight, always seen as a matrix (out, in); so one autograd Function serves them all.
+Each product is linear in the weight, seen as a matrix (out, in) that comes in ranges of columns. So one op serves
+them all, and no product needs the whole merged weight at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class Product(Protocol):
-    """y = x · weight + bias, and its gradients; dy has y's shape, `rows` is a range of the weight's rows."""
+    """y = x · weight + bias, and its gradients; dy has y's shape."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def add_output(
+        self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
+    ) -> Tensor:
+        """y of the columns before (None: of none, which is where the bias goes), with these added in place.
 
-    def grad_input(self, dy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor: ...
+        weight: (out, len(columns)); y and bias are in its dtype, x is rounded or raised to it.
+        """
+        ...
 
-    def grad_weight(self, dy: Tensor, x: Tensor, rows: slice) -> Tensor:
-        """(rows, in), in x.dtype, a new tensor that the caller may overwrite."""
+    def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
+        """Room for dx."""
+        ...
+
+    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+        """The part of dx that these columns see."""
+        ...
+
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+        """(out, len(columns)), in x.dtype."""
         ...
 
     def grad_bias(self, dy: Tensor) -> Tensor: ...
@@ -29,42 +43,73 @@ class Product(Protocol):
 class LinearProduct:
     """y (…, out) = x (…, in) weightᵀ + bias."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def add_output(
+        self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
+    ) -> Tensor:
+        rows = _as_rows(x)[:, columns].to(weight.dtype)
+        if y is None:
+            return torch.nn.functional.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        _as_rows(y).addmm_(rows, weight.T)
+        return y
 
-    def grad_input(self, dy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        return dy @ weight
+    def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
+        return dy.new_empty(x_shape)
 
-    def grad_weight(self, dy: Tensor, x: Tensor, rows: slice) -> Tensor:
-        return dy[..., rows].flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(dy[rows], x)
+    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+        torch.mm(_as_rows(dy), weight, out=_as_rows(dx)[:, columns])
+
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+        return _as_rows(dy).T @ _as_rows(x)[:, columns]
 
     def grad_bias(self, dy: Tensor) -> Tensor:
-        return dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+        return _as_rows(dy).sum(0)
 
 
 @dataclass(frozen=True)
 class Conv2dProduct:
-    """y (N, out, h', w') = conv2d(x (N, in, h, w), weight seen as (out, in, kh, kw)) + bias."""
+    """y (N, out, h', w') = conv2d(x (N, in, h, w), weight seen as (out, in, kh, kw)) + bias.
 
-    weight_shape: tuple[int, int, int, int]
+    A range of columns begins and ends between input channels.
+    """
+
+    window: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight.view(self.weight_shape), bias, self.stride, self.padding, self.dilation)
+    def add_output(
+        self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
+    ) -> Tensor:
+        x_here, weight = x[:, self._channels(columns)].to(weight.dtype), self._as_window(weight)
+        of_these = torch.nn.functional.conv2d(
+            x_here, weight, bias if y is None else None, self.stride, self.padding, self.dilation
+        )
+        return of_these if y is None else y.add_(of_these)
 
-    def grad_input(self, dy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        only_its_shape = dy.new_empty(1).expand(x_shape)
-        return self._backward(dy, only_its_shape, weight.view(self.weight_shape), (True, False, False))[0]
+    def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
+        is_last = not dy.is_contiguous() and dy.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        return torch.empty(x_shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
 
-    def grad_weight(self, dy: Tensor, x: Tensor, rows: slice) -> Tensor:
-        dy = dy[:, rows]
-        only_its_shape = x.new_empty(1).expand(dy.shape[1], *self.weight_shape[1:])
-        return self._backward(dy, x, only_its_shape, (False, True, False))[1].reshape(dy.shape[1], -1)
+    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+        here = dx[:, self._channels(columns)]
+        only_its_shape = dy.new_empty(1).expand(here.shape)
+        here.copy_(self._backward(dy, only_its_shape, self._as_window(weight), (True, False, False))[0])
+
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+        here = x[:, self._channels(columns)]
+        only_its_shape = x.new_empty(1).expand(dy.shape[1], here.shape[1], *self.window)
+        return self._backward(dy, here, only_its_shape, (False, True, False))[1].reshape(dy.shape[1], -1)
 
     def grad_bias(self, dy: Tensor) -> Tensor:
         return dy.sum((0, 2, 3))
+
+    def _channels(self, columns: slice) -> slice:
+        size = self.window[0] * self.window[1]
+        return slice(columns.start // size, columns.stop // size)
+
+    def _as_window(self, weight: Tensor) -> Tensor:
+        return weight.view(weight.shape[0], -1, *self.window)
 
     def _backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
@@ -75,16 +120,40 @@ class Conv2dProduct:
 
 @dataclass(frozen=True)
 class WeightItself:
-    """y = weight: what `delta_weight` differentiates. x is not looked at."""
+    """y (out, in) = weight: what `delta_weight` differentiates. x is (0, in)."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return weight
+    def add_output(
+        self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
+    ) -> Tensor:
+        y = weight.new_empty(weight.shape[0], x.shape[-1]) if y is None else y
+        y[:, columns] = weight
+        return y
 
-    def grad_input(self, dy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        return dy.new_zeros(x_shape)
+    def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
+        raise AssertionError("the delta has no input")
 
-    def grad_weight(self, dy: Tensor, x: Tensor, rows: slice) -> Tensor:
-        return dy[rows].clone()
+    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+        raise AssertionError("the delta has no input")
+
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+        return dy[:, columns]
 
     def grad_bias(self, dy: Tensor) -> Tensor:
         raise AssertionError("the delta has no bias")
+
+
+def product_of(geometry: Sequence[int]) -> Product:
+    """From what an operator can carry: nothing (linear), (0,) (the weight itself), or kh, kw, stride, padding and
+    dilation of a convolution, two numbers each.
+    """
+    if not geometry:
+        return LinearProduct()
+    if len(geometry) == 1:
+        return WeightItself()
+    window, stride, padding, dilation = ((geometry[i], geometry[i + 1]) for i in range(0, 8, 2))
+    return Conv2dProduct(window, stride, padding, dilation)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(…, features) → (rows, features); a view where the strides allow."""
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -26,7 +26,7 @@ class SnellConv2d(SnellLayer):
             stride=_pair(base.stride),
             padding=padding,
             dilation=_pair(base.dilation),
-            **self._merge_arguments(adapter_name),
+            **self._product_arguments(adapter_name),
         )
 
     def _delta_product(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -41,7 +41,7 @@ class SnellConv2d(SnellLayer):
             stride=_pair(base.stride),
             padding=padding,
             dilation=_pair(base.dilation),
-            **self._merge_arguments(adapter_name),
+            **self._product_arguments(adapter_name),
         )
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Padding]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from snell_scale.kernels.merge import delta_weight
 from snell_scale.tuners.snell.plan import KERNEL_PARAMETERS, LayerPlan, matrix_shape
@@ -30,6 +31,12 @@ class MergeArguments(TypedDict):
     weighting: str
     scale: float
     kernel_params: dict[str, Tensor] | None
+
+
+class ProductArguments(MergeArguments):
+    """What a product with the merged weight needs besides."""
+
+    threshold_memory: Tensor | None
 
 
 class SparsityBuffers(BufferDict):
@@ -57,7 +64,7 @@ class SnellLayer(nn.Module, BaseTunerLayer):
     """What linear and convolution share: parameters, merging into the base weight, and which product to take."""
 
     adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_alpha", "snell_gamma", "snell_beta")
-    other_param_names: tuple[str, ...] = ("snell_plan", "snell_sparsity")
+    other_param_names: tuple[str, ...] = ("snell_plan", "snell_sparsity", "snell_threshold_memory")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, plan: LayerPlan, *, inference_mode: bool
@@ -71,6 +78,8 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         self.snell_beta = nn.ParameterDict()
         self.snell_sparsity = SparsityBuffers()
         self.snell_plan: dict[str, LayerPlan] = {}
+        # Where the next threshold is looked for first: no state of the model, results do not depend on it.
+        self.snell_threshold_memory: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -199,6 +208,20 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         keep = 1 - plan.drop_path
         shape = (y.shape[0], *(1 for _ in y.shape[1:])) if self._is_batched(y) else (1,) * y.dim()
         return y * y.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def _product_arguments(self, adapter_name: str) -> ProductArguments:
+        return {**self._merge_arguments(adapter_name), "threshold_memory": self._threshold_memory(adapter_name)}
+
+    def _threshold_memory(self, adapter_name: str) -> Tensor | None:
+        """(G, 2) beside the factors; None where tensors have no values to remember."""
+        A = self.snell_A[adapter_name]
+        if A.is_meta or isinstance(A, FakeTensor) or self.snell_plan[adapter_name].sparsity is None:
+            return None
+        memory = self.snell_threshold_memory.get(adapter_name)
+        if memory is None or memory.device != A.device:
+            memory = torch.full((A.shape[0], 2), math.nan, device=A.device)
+            self.snell_threshold_memory[adapter_name] = memory
+        return memory
 
     def _merge_arguments(self, adapter_name: str) -> MergeArguments:
         plan = self.snell_plan[adapter_name]

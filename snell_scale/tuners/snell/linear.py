@@ -17,11 +17,11 @@ class SnellLinear(SnellLayer):
 
     def _merged_product(self, x: Tensor, adapter_name: str) -> Tensor:
         base, (A, B) = self._base(), self._factors(adapter_name)
-        return merge_linear(x, base.weight, A, B, base.bias, **self._merge_arguments(adapter_name))
+        return merge_linear(x, base.weight, A, B, base.bias, **self._product_arguments(adapter_name))
 
     def _delta_product(self, x: Tensor, adapter_name: str) -> Tensor:
         A, B = self._factors(adapter_name)
-        return merge_linear(x, None, A, B, **self._merge_arguments(adapter_name))
+        return merge_linear(x, None, A, B, **self._product_arguments(adapter_name))
 
     def _weight_shape(self) -> tuple[int, ...]:
         return self._base().out_features, self._base().in_features

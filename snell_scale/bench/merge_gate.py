@@ -1,0 +1,121 @@
+"""The gate of `bench merge`: ours and the baseline against the reference in float64, on the timed tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snell_scale.bench.layer_sides import Layer
+from snell_scale.bench_records import Gate
+from snell_scale.kernels.merge.reference import gate_reference, kernel_matrix_reference
+
+# Relative Frobenius error. float32: sums of some thousand terms are good to 1e-6; 20 times that. bfloat16 keeps
+# 8 bits: the merged weight, dy·x and the output are each rounded once, 2^-9 at the most; 10 times that.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+# An entry this close to the threshold, as a share of it, may fall on either side of it in float32.
+_TIE = 1e-4
+_MAX_TOKENS = 256
+_BLOCK_BYTES = 1 << 27
+_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """K and the published factor of one layer in float64, from the reference; (out, in)."""
+
+    A: Tensor
+    B: Tensor
+    K: Tensor
+    mask: Tensor
+    tau: float
+
+
+def gate_layer(case: str, layer: Layer, sides: dict[str, Callable[[Layer], nn.Module]]) -> list[Gate]:
+    """Every check of every side; `sides` make a module from a layer, as `layer_sides.side_module` does.
+
+    The weight is scaled to the size of ΔW, whose errors would drown in W0's rounding otherwise. The true
+    gradients are those under the side's own mask, which may differ from the true one in ties only.
+    """
+    truth = _truth(layer)
+    gates = []
+    for name, build in sides.items():
+        delta = _delta_of(layer, build)
+        differing = (delta != 0) != truth.mask
+        distance = (truth.K.abs() - truth.tau).abs() / truth.tau
+        worst = float(distance[differing].max()) if bool(differing.any()) else 0.0
+        gates.append(Gate(case, f"{name}: mask differs only at the threshold", worst, _TIE))
+        gates += _errors(case, name, layer, build, truth, mask=delta != 0)
+    return gates
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖ in float64."""
+    truth = truth.double()
+    return float(torch.linalg.vector_norm(value.double() - truth) / torch.linalg.vector_norm(truth))
+
+
+def _truth(layer: Layer) -> _Truth:
+    A, B = layer.A[0].double(), layer.B[0].double()
+    with torch.no_grad():
+        K = torch.cat([_kernel_rows(A, B[:, rows]) for rows in _row_blocks(A, B)])
+        mask = gate_reference(K, layer.sparsity, weighting="hard") != 0
+    return _Truth(A, B, K, mask, tau=float(K.abs()[~mask].max()))
+
+
+def _delta_of(layer: Layer, build: Callable[[Layer], nn.Module]) -> Tensor:
+    """The side's own ΔW, read off its product with the unit matrix."""
+    num_in = layer.weight.shape[1]
+    unit = torch.eye(num_in, dtype=layer.weight.dtype, device=layer.weight.device)
+    probe = layer.of_tokens(1, weight=torch.zeros_like(layer.weight))
+    with torch.no_grad():
+        return build(probe)(unit).T
+
+
+def _errors(
+    case: str, name: str, layer: Layer, build: Callable[[Layer], nn.Module], truth: _Truth, *, mask: Tensor
+) -> list[Gate]:
+    """Output and gradients against the truth under this mask."""
+    delta = truth.K * truth.K.abs() * mask
+    shrunk = layer.weight * (delta.std() / layer.weight.double().std()).to(layer.weight.dtype)
+    small = layer.of_tokens(_MAX_TOKENS, weight=shrunk)
+    module, x = build(small), small.x.clone().requires_grad_()
+    y = module(x)
+    y.backward(small.dy)
+    factors = dict(module.named_parameters())
+    weight, dy = small.weight.double() + delta, small.dy.double()
+    true_dA, true_dB = _factor_gradients(truth, dy.T @ small.x.double(), mask)
+    pairs = {
+        "y": (y.detach(), small.x.double() @ weight.T),
+        "dx": (x.grad, dy @ weight),
+        "dA": (factors["A"].grad, true_dA.unsqueeze(0)),
+        "dB": (factors["B"].grad, true_dB.unsqueeze(0)),
+    }
+    limit = LIMITS[layer.x.dtype]
+    gates = []
+    for what, (value, true) in pairs.items():
+        error = float("nan") if value is None else relative_error(value, true)
+        gates.append(Gate(case, f"{name}: relative error of {what}", error, limit))
+    return gates
+
+
+def _factor_gradients(truth: _Truth, G: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """dA, dB of Σ G ⊙ ΔW by autograd through the reference, a block of rows at a time."""
+    A, B = truth.A.clone().requires_grad_(), truth.B.clone().requires_grad_()
+    for rows in _row_blocks(A, B):
+        K = _kernel_rows(A, B[:, rows])
+        gate = K.detach().abs() * mask[rows]
+        (K * gate * G[rows]).sum().backward()
+    assert A.grad is not None
+    assert B.grad is not None
+    return A.grad, B.grad
+
+
+def _kernel_rows(A: Tensor, B: Tensor) -> Tensor:
+    return kernel_matrix_reference(A, B, kernel="distance", scale=_SCALE, kernel_params={})
+
+
+def _row_blocks(A: Tensor, B: Tensor) -> list[slice]:
+    """The reference makes an (out, in, r/H) tensor per component: this many rows of it at a time."""
+    num_rows = max(1, _BLOCK_BYTES // (8 * A.numel()))
+    return [slice(start, start + num_rows) for start in range(0, B.shape[1], num_rows)]

@@ -1,0 +1,150 @@
+"""What a benchmark found, gathered into a record and shown as a table."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from snell_scale.bench.memory import memory_source
+from snell_scale.bench_records import BASES, Aim, BenchRecord, Gate, Row, write_bench
+from snell_scale.instrument.environment import collect_environment
+
+MIB = 2**20
+
+
+class RedGate(ValueError):
+    """What would have been timed computes something else than the reference does."""
+
+
+@dataclass
+class Findings:
+    """Gathered while a benchmark runs."""
+
+    gates: list[Gate] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    aims: list[Aim] = field(default_factory=list)
+
+    def add_gates(self, gates: Sequence[Gate]) -> None:
+        """RedGate where one of them is red: no time is told of a wrong result."""
+        self.gates += gates
+        red = [
+            f"{g.case}: {g.name} is {_number(g.value, '.3g')}, limit {g.limit:.3g}" for g in gates if not g.passed
+        ]
+        if red:
+            raise RedGate(f"the gate of correctness is red, so nothing was timed: {'; '.join(red)}")
+
+
+def write_findings(
+    command: str,
+    run: Callable[[], Findings],
+    *,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    dtype: str,
+    output: Path,
+) -> BenchRecord:
+    """Run a benchmark and write its record to `output`/bench.json. RedGate: see Findings."""
+    started, created = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    findings = run()
+    environment = collect_environment(device)
+    record = BenchRecord(
+        command=command,
+        name=output.name,
+        created=created,
+        hardware=hardware_name(environment, device),
+        device=str(device),
+        dtype=dtype,
+        num_threads=torch.get_num_threads(),
+        settings=settings,
+        environment=environment,
+        memory_source=memory_source(device),
+        gates=findings.gates,
+        rows=findings.rows,
+        aims=findings.aims,
+        seconds=time.perf_counter() - started,
+    )
+    write_bench(output, record)
+    return record
+
+
+def check_device(name: str) -> torch.device:
+    """ValueError where this machine does not have the device."""
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device is {name!r}, but this machine shows {count} CUDA device(s); use --device cpu "
+            "(bench gpu: --device cpu --small, tiny sizes)"
+        )
+    return device
+
+
+def hardware_name(environment: Mapping[str, Any], device: torch.device) -> str:
+    """The GPU, or the processor and the threads used of it."""
+    if device.type == "cuda":
+        return str(environment["cuda"]["devices"][device.index or 0]["name"])
+    return f"{environment['cpu']['model'] or 'unknown CPU'}, {torch.get_num_threads()} threads"
+
+
+def print_rows(record: BenchRecord, console: Console) -> None:
+    """One row per case and side, then the gates in one line."""
+    bases = [base for base in BASES if any(base in row.ratios for row in record.rows)]
+    table = Table(title=f"{record.command}: {record.hardware}, {record.dtype}", title_justify="left")
+    for heading in ("case", "side"):
+        table.add_column(heading)
+    for heading in ("median ms", "p10–p90 ms", "peak MiB", *(f"× {base}" for base in bases)):
+        table.add_column(heading, justify="right")
+    table.add_column("note")
+    for row in record.rows:
+        table.add_row(
+            escape(row.case),
+            row.side,
+            _ms(row.median_ms),
+            f"{_ms(row.p10_ms)}–{_ms(row.p90_ms)}",
+            _number(None if row.peak_bytes is None else row.peak_bytes / MIB, ",.1f"),
+            *(_number(row.ratios.get(base, {}).get("median"), ".3f") for base in bases),
+            escape(row.error or row.note or ""),
+            style="red" if row.error else None,
+        )
+    console.print(table)
+    green = sum(gate.passed for gate in record.gates)
+    console.print(f"gates: {green} of {len(record.gates)} green", highlight=False)
+
+
+def print_aims(record: BenchRecord, console: Console) -> None:
+    """Each aim, what was measured, and whether it was reached."""
+    table = Table(title=f"Aims: {record.hardware}, {record.dtype}", title_justify="left")
+    for heading in ("case", "what"):
+        table.add_column(heading)
+    for heading in ("aim", "measured"):
+        table.add_column(heading, justify="right")
+    table.add_column("reached")
+    table.add_column("note")
+    for aim in record.aims:
+        words = {True: "yes", False: "NO", None: "not measured"}
+        table.add_row(
+            escape(aim.case),
+            escape(aim.what),
+            f"{'≥' if aim.at_least else '≤'} {aim.limit:g}",
+            _number(aim.value, ".3f"),
+            words[aim.reached],
+            escape(aim.note or ""),
+            style=None if aim.reached else "red",
+        )
+    console.print(table)
+
+
+def _ms(value: float | None) -> str:
+    """Kernels take microseconds, steps seconds."""
+    return _number(value, ".4f" if value is not None and value < 1 else ".2f")
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
