@@ -1,9 +1,9 @@
 """K by tiles of columns, and the gradients of its factors, kernel by kernel; derivations in README.md.
 
 A tile holds some columns of one of the delta's G matrices with all their rows. `tile` returns K's; where
-gradients are wanted it remembers what they need, `add_gradients` takes ∂L/∂K of the same tile, `finish` returns the sums.
-A tile of K belongs to the caller only where no gradient is wanted; ∂L/∂K always goes over to the kernel: in the
-hot path every pass over a tile counts.
+gradients are wanted it keeps what they need, `add_gradients` takes ∂L/∂K of the same tile, and `finish` returns
+the sums. A tile of K belongs to the caller only where no gradient is wanted; ∂L/∂K always goes over to the kernel:
+in the hot path every pass over a tile counts.
 """
 
 from abc import ABC, abstractmethod

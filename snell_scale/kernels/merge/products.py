@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import cpu_products
+
 
 class Product(Protocol):
     """y = x · weight + bias, and its gradients; dy has y's shape."""
@@ -32,8 +34,8 @@ class Product(Protocol):
         """The part of dx that these columns see."""
         ...
 
-    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
-        """(out, len(columns)), in x.dtype."""
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
+        """(out, len(columns)), in x.dtype; written into `out` where the product can."""
         ...
 
     def grad_bias(self, dy: Tensor) -> Tensor: ...
@@ -47,19 +49,24 @@ class LinearProduct:
         self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
     ) -> Tensor:
         rows = _as_rows(x)[:, columns].to(weight.dtype)
-        if y is None:
-            return torch.nn.functional.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-        _as_rows(y).addmm_(rows, weight.T)
-        return y
+        if y is not None:
+            _as_rows(y).addmm_(rows, weight.T)
+            return y
+        linear = cpu_products.product if cpu_products.has_faster_product(rows) else torch.nn.functional.linear
+        return linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
         return dy.new_empty(x_shape)
 
     def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
-        torch.mm(_as_rows(dy), weight, out=_as_rows(dx)[:, columns])
+        rows, here = _as_rows(dy), _as_rows(dx)[:, columns]
+        if cpu_products.has_faster_product(rows):
+            here.copy_(cpu_products.product_backward(rows, weight))
+        else:
+            torch.mm(rows, weight, out=here)
 
-    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
-        return _as_rows(dy).T @ _as_rows(x)[:, columns]
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
+        return torch.mm(_as_rows(dy).T, _as_rows(x)[:, columns], out=out)
 
     def grad_bias(self, dy: Tensor) -> Tensor:
         return _as_rows(dy).sum(0)
@@ -96,7 +103,7 @@ class Conv2dProduct:
         only_its_shape = dy.new_empty(1).expand(here.shape)
         here.copy_(self._backward(dy, only_its_shape, self._as_window(weight), (True, False, False))[0])
 
-    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
         here = x[:, self._channels(columns)]
         only_its_shape = x.new_empty(1).expand(dy.shape[1], here.shape[1], *self.window)
         return self._backward(dy, here, only_its_shape, (False, True, False))[1].reshape(dy.shape[1], -1)
@@ -135,7 +142,7 @@ class WeightItself:
     def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
         raise AssertionError("the delta has no input")
 
-    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice) -> Tensor:
+    def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
         return dy[:, columns]
 
     def grad_bias(self, dy: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from .delta import Delta, Wanted
 from .pair_kernels import PAIR_KERNELS, PairKernel
 from .threshold import select_magnitude, threshold_rank
 
-# 1 MiB of float32: what is live of a tile then stays in the second-level caches of two cores.
-_TILE_ENTRIES = 1 << 18
+# 1 MiB of float32, so that what is live of a tile stays in the caches; but no narrower than six cache lines where the
+# limit allows, for the tile of W0 is read row by row.
+_TILE_ENTRIES, _TILE_COLUMNS = 1 << 18, 96
 # The most buffers of a tile's size that are live at once (SNELLA's backward, two components).
 _TILE_BUFFERS = 12
 
@@ -32,8 +33,8 @@ def find_thresholds(delta: Delta, sparsity: Tensor, memory: Tensor | None, *, ti
 
 def tile_columns_of(delta: Delta, limit_bytes: int) -> int:
     """Columns of a tile whose buffers take at most `limit_bytes` together, a multiple of delta.column_step."""
-    most_entries = limit_bytes // (_TILE_BUFFERS * delta.A.element_size())
-    columns = min(_TILE_ENTRIES, most_entries) // delta.num_rows
+    most = limit_bytes // (_TILE_BUFFERS * delta.A.element_size() * delta.num_rows)
+    columns = min(most, max(_TILE_ENTRIES // delta.num_rows, _TILE_COLUMNS))
     step = delta.column_step
     # Vectors of 16 numbers, where that leaves anything.
     step *= 16 if columns >= 16 * step else 1

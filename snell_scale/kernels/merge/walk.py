@@ -65,14 +65,14 @@ class Walk:
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """y, in x's dtype. weight W0: (out, in) or a convolution's; None: ΔW alone."""
         weight = None if weight is None else weight.flatten(1)
-        ranges = self._ranges(x.dtype, num_buffers=1)
+        ranges = self._ranges(x.dtype, num_buffers=1, is_narrow=False)
         # Partial sums over several ranges are added in float32 at least, and rounded once.
         operands = x.dtype if len(ranges) == 1 else torch.promote_types(x.dtype, torch.float32)
         y, bias = None, None if bias is None else bias.to(operands)
         with without_autocast(x.device):
-            merge = self._merge(Wanted())
+            merge, room = self._merge(Wanted()), self._room(x, ranges)
             for columns in ranges:
-                merged = x.new_empty(self._num_out, columns.stop - columns.start)
+                merged = self._part(room, columns)
                 with ieee_float32_products():
                     merge.visit(columns, weight=weight, merged=merged, G=None)
                 y = self._product.add_output(y, x, merged.to(operands), columns, bias)
@@ -99,11 +99,14 @@ class Walk:
         whole_G = self._grad_weight(dy, x, slice(0, self._delta.num_columns)) if wants_dweight else None
         with without_autocast(dy.device):
             merge = self._merge(wanted)
-            for columns in self._ranges(dy.dtype, num_buffers=wants_dx + wanted.anything):
-                G = None
-                if wanted.anything:
-                    G = self._grad_weight(dy, x, columns) if whole_G is None else whole_G[:, columns]
-                merged = dy.new_empty(self._num_out, columns.stop - columns.start) if dx is not None else None
+            ranges = self._ranges(dy.dtype, num_buffers=wants_dx + wanted.anything, is_narrow=True)
+            room = self._room(dy, ranges) if wants_dx else None
+            room_for_G = self._room(dy, ranges) if wanted.anything and whole_G is None else None
+            for columns in ranges:
+                G = None if whole_G is None or not wanted.anything else whole_G[:, columns]
+                if room_for_G is not None:
+                    G = self._grad_weight(dy, x, columns, out=self._part(room_for_G, columns))
+                merged = None if room is None else self._part(room, columns)
                 with ieee_float32_products():
                     merge.visit(columns, weight=weight, merged=merged, G=G)
                 del G
@@ -111,30 +114,38 @@ class Walk:
                     self._product.write_grad_input(dx, dy, merged, columns)
             return dx, whole_G, merge.gradients()
 
-    def _grad_weight(self, dy: Tensor, x: Tensor | None, columns: slice) -> Tensor:
+    def _grad_weight(self, dy: Tensor, x: Tensor | None, columns: slice, *, out: Tensor | None = None) -> Tensor:
         assert x is not None
         with without_autocast(dy.device):
-            return self._product.grad_weight(dy, x, columns)
+            return self._product.grad_weight(dy, x, columns, out=out)
+
+    def _room(self, like: Tensor, ranges: list[slice]) -> Tensor:
+        """For the widest of the ranges, which take turns: fresh memory for each would cost its first touch."""
+        width = max(columns.stop - columns.start for columns in ranges)
+        return like.new_empty(self._num_out * width)
+
+    def _part(self, room: Tensor, columns: slice) -> Tensor:
+        width = columns.stop - columns.start
+        return room[: self._num_out * width].view(self._num_out, width)
 
     def _merge(self, wanted: Wanted) -> "_Merge":
         if self._implementation == "triton":
             return _TritonMerge(self._delta, self._taus, self._logs, wanted)
         return TorchMerge(self._delta, self._taus, wanted, tile_columns=self._tile_columns)
 
-    def _ranges(self, dtype: torch.dtype, *, num_buffers: int) -> list[slice]:
+    def _ranges(self, dtype: torch.dtype, *, num_buffers: int, is_narrow: bool) -> list[slice]:
         """As wide as half the limit allows (a tile's buffers have the other half), in whole tiles.
 
-        Triton has no tiles in memory, and a GPU wants its products whole: one range.
+        is_narrow: on CPU no wider than a product needs to run at full speed. Triton has no tiles in memory, and a
+        GPU wants its products whole: one range.
         """
         num_columns = self._delta.num_columns
         if self._implementation == "triton":
             return [slice(0, num_columns)]
-        bytes_per_column = max(num_buffers, 1) * self._num_out * dtype.itemsize
-        width = self._limit_bytes // 2 // bytes_per_column
-        sums_in_place = dtype == torch.promote_types(dtype, torch.float32)
-        if width < num_columns and not sums_in_place:
+        width = self._limit_bytes // 2 // (max(num_buffers, 1) * self._num_out * dtype.itemsize)
+        if width < num_columns and dtype.itemsize < 4:
             width //= 3  # beside each number of 2 bytes stands its copy of 4
-        if self._delta.A.device.type == "cpu" and isinstance(self._product, LinearProduct) and sums_in_place:
+        if is_narrow and self._delta.A.device.type == "cpu" and isinstance(self._product, LinearProduct):
             width = min(width, max(_CPU_RANGE_COLUMNS, _CPU_RANGE_ENTRIES // self._num_out))
         width = max(width // self._tile_columns, 1) * self._tile_columns
         starts = range(0, num_columns, width)
@@ -160,8 +171,8 @@ class _TritonMerge:
         from . import triton_impl
 
         if merged is not None:
-            whole = triton_impl.merge_columns(self._delta, self._taus, self._logs, weight, columns, merged.dtype)
-            merged.copy_(whole)
+            dtype = merged.dtype
+            triton_impl.merge_columns(self._delta, self._taus, self._logs, weight, columns, dtype, out=merged)
         if G is not None:
             triton_impl.add_gradients(self._delta, self._taus, self._logs, G, columns, self._sums)
 
