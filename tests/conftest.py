@@ -1,5 +1,6 @@
 """A run small enough for a test: a tiny vision transformer on a few digits."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
+# Triton decides at its first import whether to interpret, and timm and peft import it: without a GPU its kernels
+# are tested interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from snell_scale import registry
 from snell_scale.config import Config, load_config

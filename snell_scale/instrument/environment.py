@@ -25,7 +25,14 @@ _PACKAGES = (
     "transformers",
     "accelerate",
 )
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "SNELL_SCALE_CPU_PRODUCTS",
+    "TRITON_INTERPRET",
+)
 
 
 def collect_environment(device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """x Wᵀ and dy W in float32 on CPU, by the faster of torch's two libraries.
 
-F.linear calls MKL, which leaves the AVX-512 units of AMD processors idle. oneDNN uses them, and a convolution with a
-window of one pixel is the same product: twice as fast there, in the same arithmetic. Nothing of this is particular
-to the merge op; where the op is compared with layers that call F.linear, SNELL_SCALE_CPU_PRODUCTS=mkl takes it away.
+F.linear calls MKL, which leaves the AVX-512 units of AMD processors idle. oneDNN uses them, and a convolution
+with a window of one pixel is the same product: twice as fast there, in the same arithmetic. Nothing of this is
+particular to the merge op: for a comparison with layers that call F.linear, SNELL_SCALE_CPU_PRODUCTS=mkl takes it
+away.
 """
 
 import functools
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 
 def has_faster_product(rows: Tensor) -> bool:
     """Whether `product` and `product_backward` should take the place of F.linear's for these rows."""

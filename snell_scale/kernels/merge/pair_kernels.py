@@ -2,8 +2,8 @@
 
 A tile holds some columns of one of the delta's G matrices with all their rows. `tile` returns K's; where
 gradients are wanted it keeps what they need, `add_gradients` takes ∂L/∂K of the same tile, and `finish` returns
-the sums. A tile of K belongs to the caller only where no gradient is wanted; ∂L/∂K always goes over to the kernel:
-in the hot path every pass over a tile counts.
+the sums. A tile of K belongs to the caller only where no gradient is wanted; ∂L/∂K always goes over to the
+kernel: in the hot path every pass over a tile counts.
 """
 
 from abc import ABC, abstractmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 _DIGIT_BITS = 16
 # A matrix this small is collected whole; of a larger one up to a sixteenth, 16 MiB of float32 at most.
 _COLLECTED_WHOLE, _MOST_COLLECTED = 1 << 16, 1 << 22
-_SAMPLE_SIDE = 512  # or as many as a tile has entries
+_SAMPLE_SIDE = 512  # less where a tile has fewer entries, or nine samples are more than the matrix
 _STANDARD_ERRORS = 4
 # The next bracket reaches three times τ's last relative move to both sides, within these bounds. A τ that moves
 # faster is not predicted but sampled.
@@ -152,14 +152,15 @@ def _sampled_bracket(magnitudes: Magnitudes, position: int) -> Tensor:
     Entries of one column (or row) resemble each other: the errors come from the spread of columns and of rows.
     """
     generator = np.random.default_rng(0)
-    most = min(_SAMPLE_SIDE, math.isqrt(magnitudes.tile_entries))
+    num_entries = magnitudes.num_rows * magnitudes.num_columns
+    most = max(min(_SAMPLE_SIDE, math.isqrt(magnitudes.tile_entries), math.isqrt(num_entries) // 3), 1)
     rows, columns = (
         torch.from_numpy(generator.permutation(side)[:most])
         for side in (magnitudes.num_rows, magnitudes.num_columns)
     )
     values = magnitudes.sample(rows, columns).numpy()
     ordered = np.sort(values, axis=None)
-    share = (position + 0.5) / (magnitudes.num_rows * magnitudes.num_columns)
+    share = (position + 0.5) / num_entries
     is_below = values < ordered[int(share * len(ordered))]
     variances = [is_below.mean(axis).var() / values.shape[1 - axis] for axis in (0, 1)]
     margin = _STANDARD_ERRORS * np.sqrt(sum(variances)) + 2 / len(ordered)

@@ -14,8 +14,8 @@ from .delta import Delta, Wanted
 from .pair_kernels import PAIR_KERNELS, PairKernel
 from .threshold import select_magnitude, threshold_rank
 
-# 1 MiB of float32, so that what is live of a tile stays in the caches; but no narrower than six cache lines where the
-# limit allows, for the tile of W0 is read row by row.
+# 1 MiB of float32, so that what is live of a tile stays in the caches; but no narrower than six cache lines where
+# the limit allows, for the tile of W0 is read row by row.
 _TILE_ENTRIES, _TILE_COLUMNS = 1 << 18, 96
 # The most buffers of a tile's size that are live at once (SNELLA's backward, two components).
 _TILE_BUFFERS = 12

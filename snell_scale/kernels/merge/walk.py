@@ -165,7 +165,8 @@ class _TritonMerge:
 
     def __init__(self, delta: Delta, taus: Tensor | None, logs: Tensor | None, wanted: Wanted) -> None:
         self._delta, self._taus, self._logs = delta, taus, logs
-        self._sums = FactorGradients.zeros(delta, (wanted.A, wanted.B, *wanted.params))
+        of_params = wanted.params or (False,) * len(delta.params)
+        self._sums = FactorGradients.zeros(delta, (wanted.A, wanted.B, *of_params))
 
     def visit(self, columns: slice, *, weight: Tensor | None, merged: Tensor | None, G: Tensor | None) -> None:
         from . import triton_impl
