@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -128,7 +129,7 @@ class StorageWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         self._see_all((args, kwargs))
         body = PYTHON_BODIES.get(func)
-        if body is None:
+        if body is None or _is_fake(args):
             result = func(*args, **kwargs)
         else:
             # An operator written in torch operations: what it holds for a while counts as well.
@@ -141,6 +142,11 @@ class StorageWatch(TorchDispatchMode):
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 self._ledger.see(leaf)
+
+
+def _is_fake(tree: Any) -> bool:
+    """Whether there are no values to compute with, only shapes."""
+    return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(tree))
 
 
 def storages_of(tensor: Tensor, device: torch.device) -> Iterator[torch.UntypedStorage]:

@@ -85,19 +85,19 @@ def test_a_gradient_exists_exactly_where_one_is_asked_for(kernel: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (("x",), {"write_grad_input"}),
+        (("x",), {"add_grad_input"}),
         (("A",), {"grad_weight"}),
         (("alpha",), {"grad_weight"}),
         (("weight",), {"grad_weight"}),
         (("bias",), {"grad_bias"}),
-        (("x", "B", "bias"), {"write_grad_input", "grad_weight", "grad_bias"}),
+        (("x", "B", "bias"), {"add_grad_input", "grad_weight", "grad_bias"}),
     ],
 )
 def test_products_that_nobody_asked_for_are_not_computed(wanted: tuple[str, ...], expected: set[str]) -> None:
     case = make_case("mixk")
     for name, leaf in case.leaves().items():
         leaf.requires_grad_(name in wanted)
-    names = ("write_grad_input", "grad_weight", "grad_bias")
+    names = ("add_grad_input", "grad_weight", "grad_bias")
     with contextlib.ExitStack() as stack:
         spies = {
             name: stack.enter_context(

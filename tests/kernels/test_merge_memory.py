@@ -109,6 +109,16 @@ def test_a_convolution_in_parts_is_cut_between_channels(limit_bytes: int, window
         torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-12)
 
 
+def test_a_convolutions_weight_in_channels_last_order_is_not_copied() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 1200, 3, 3, generator=generator).to(memory_format=torch.channels_last)
+    case = make_case(rows=300, num_in=1200 * 9, dtype=torch.float32)
+    x = torch.randn(1, 1200, 3, 3, generator=generator)
+    with LiveBytes([weight, x, *case.leaves().values()]) as counted:
+        merge_conv2d(x, weight, case.A, case.B, transient_limit_bytes=2**21, **case.settings)
+    assert counted.peak <= 2**21 + SMALL_BYTES + COUNTS_BYTES < weight.numel() * 4 / 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_partial_sums_in_low_precision_are_rounded_once(dtype: torch.dtype) -> None:
     """y summed over 40 ranges is as near the truth as y in one product, up to the order of summation."""

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from snell_scale.kernels.merge import delta_weight, merge_conv2d, merge_linear
 from snell_scale.kernels.merge.choice import choose_implementation, say_once
-from snell_scale.kernels.merge.operators import Call, merge_forward, merge_thresholds
+from snell_scale.kernels.merge.operators import Call, merge_backward, merge_forward, merge_thresholds
+from snell_scale.kernels.merge.pair_kernels import DistanceKernel
 
 from .merge_cases import KERNEL_NAMES, MergeCase, assert_close, make_case
 
@@ -44,6 +46,23 @@ def test_torchs_own_checks_of_the_product(kernel: str, is_convolution: bool) -> 
         geometry = (3, 3, 1, 1, 1, 1, 1, 1)
     taus = torch.tensor([0.2], dtype=torch.float64)
     torch.library.opcheck(merge_forward, (x, case.weight, case.bias, taus, None, *_call(case, geometry)))
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+@pytest.mark.parametrize("is_convolution", [False, True])
+def test_torchs_own_checks_of_the_backward(kernel: str, is_convolution: bool) -> None:
+    """Sizes and strides of what it returns are those that a compiler was told."""
+    case = make_case(kernel, groups=2, rows=6, num_in=18)
+    call = _call(case, (3, 3, 1, 1, 1, 1, 1, 1) if is_convolution else ())
+    x = torch.randn(3, 2, 5, 6, dtype=torch.float64) if is_convolution else case.x
+    dy = torch.randn(3, 12, 5, 6, dtype=torch.float64) if is_convolution else case.dy
+    wanted = [True, True, True, True, True] + [bool(case.settings["kernel_params"])] * 3
+    taus = torch.tensor([0.2, 0.3], dtype=torch.float64)
+    arguments = [
+        each.detach() if isinstance(each, Tensor) else each
+        for each in (dy, x, case.weight, taus, None, list(x.shape), wanted, *call)
+    ]
+    torch.library.opcheck(merge_backward, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("has_memory", [False, True])
@@ -105,6 +124,27 @@ def test_inside_both_kinds_of_checkpointing(use_reentrant: bool) -> None:
     y.backward(case.dy)
     for name, leaf in case.leaves().items():
         assert torch.equal(_grad(leaf), _grad(expected.leaves()[name])), name
+
+
+def test_looking_without_training_first_does_not_spoil_the_memory() -> None:
+    case = make_case(rows=300, num_in=300, dtype=torch.float32)
+    memory = torch.full((1, 2), math.nan)
+    arguments = (case.x, case.weight, case.A, case.B)
+    with torch.inference_mode():
+        merge_linear(*arguments, threshold_memory=memory, **case.settings)
+    merge_linear(*arguments, threshold_memory=memory, **case.settings).sum().backward()
+    assert memory.isfinite().all()
+
+
+def test_a_gradient_of_the_weight_alone_computes_no_kernel() -> None:
+    case = make_case()
+    for name, leaf in case.leaves().items():
+        leaf.requires_grad_(name == "weight")
+    y = merge_linear(case.x, case.weight, case.A, case.B, case.bias, **case.settings)
+    with mock.patch.object(DistanceKernel, "tile") as tile:
+        y.backward(case.dy)
+    assert not tile.called
+    assert _grad(case.weight).isfinite().all()
 
 
 def test_gradients_accumulate() -> None:
@@ -181,6 +221,10 @@ def test_an_implementation_asked_for_by_name_never_falls_back(monkeypatch: pytes
     with pytest.raises(ValueError, match=r"unknown implementation 'tritn' \(did you mean 'triton'\?\)"):
         merge_linear(*arguments, implementation="tritn", **case.settings)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="compute in float32 and x is torch.float64"):
+        merge_linear(
+            case.x.double(), case.weight.double(), case.A, case.B, implementation="triton", **case.settings
+        )
     double = make_case()
     with pytest.raises(ValueError, match="compute in float32 and the factors are torch.float64"):
         merge_linear(double.x, double.weight, double.A, double.B, implementation="triton", **double.settings)
@@ -206,7 +250,17 @@ def test_a_limit_is_a_positive_whole_number(limit: int) -> None:
         delta_weight(case.A, case.B, transient_limit_bytes=limit, **case.settings)
 
 
-@pytest.mark.parametrize("memory", [torch.empty(2), torch.empty(2, 2), torch.empty(1, 2, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        torch.empty(2),
+        torch.empty(2, 2),
+        torch.empty(1, 2, dtype=torch.int32),
+        torch.empty(1, 2, dtype=torch.bfloat16),
+        torch.empty(1, 4)[:, ::2],
+        torch.empty(1, 2, device="meta"),
+    ],
+)
 def test_a_memory_has_one_bracket_per_matrix(memory: Tensor) -> None:
     case = make_case()
     with pytest.raises(ValueError, match="threshold_memory"):

@@ -14,15 +14,16 @@ from .merge_cases import KERNEL_NAMES, MergeCase, make_case
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
 @pytest.mark.parametrize("weighting", ["magnitude", "soft", "hard"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_error_budget(kernel: str, weighting: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_error_budget(kernel: str, weighting: str, dtype: torch.dtype, rank: int) -> None:
     """The op's distance from float64 against that of eager torch: the specification's ΔW, rounded, then F.linear.
 
     5 % for another order of summation; 32 eps of float32 (4e-6; seen: 1e-6) because the op takes distances from
     |a|² − 2 a·b + |b|², which magnifies rounding by (|a|² + |b|²) / |a − b|², where the specification subtracts.
     """
-    truth = _case(kernel, weighting, torch.float64, rounded_to=dtype)
-    eager = _case(kernel, weighting, dtype, rounded_to=dtype)
-    ours = _case(kernel, weighting, dtype, rounded_to=dtype)
+    truth = _case(kernel, weighting, torch.float64, rank=rank, rounded_to=dtype)
+    eager = _case(kernel, weighting, dtype, rank=rank, rounded_to=dtype)
+    ours = _case(kernel, weighting, dtype, rank=rank, rounded_to=dtype)
     expected = truth.gradients(truth.reference())
     eager_gradients = eager.gradients(
         F.linear(eager.x, eager.weight + eager.reference_delta().to(dtype), eager.bias)
@@ -134,7 +135,7 @@ def _product_precision(backend: str) -> str:
     return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
-def _case(kernel: str, weighting: str, dtype: torch.dtype, *, rounded_to: torch.dtype) -> MergeCase:
+def _case(kernel: str, weighting: str, dtype: torch.dtype, *, rank: int, rounded_to: torch.dtype) -> MergeCase:
     """The same numbers for every dtype: the layer's rounded to the lowest, the factors' to float32."""
     made = make_case(
         kernel,
@@ -142,7 +143,7 @@ def _case(kernel: str, weighting: str, dtype: torch.dtype, *, rounded_to: torch.
         groups=2,
         rows=24,
         num_in=32,
-        rank=8,
+        rank=rank,
         num_tokens=40,
         dtype=torch.float32,
     )

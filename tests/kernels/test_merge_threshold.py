@@ -137,6 +137,20 @@ def test_a_warm_bracket_needs_one_pass_and_a_wrong_one_three() -> None:
     assert high / low < 1.1
 
 
+def test_a_call_for_the_same_factors_keeps_the_bracket() -> None:
+    """An accumulated batch or a checkpoint moves nothing, and says nothing about the next step."""
+    values = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)).abs()
+    rank = threshold_rank(torch.tensor(0.9, dtype=torch.float64), values.numel())
+    memory = torch.full((2,), math.nan)
+    passes = []
+    for step in range(6):
+        for _ in range(4):
+            moved = _Given(values * 1.005**step)
+            _assert_found(select_magnitude(moved, rank, memory), values * 1.005**step, int(rank))
+            passes.append(moved.num_passes)
+    assert passes == [1] * 24
+
+
 def test_a_sample_finds_the_bracket_of_a_layer_as_initialised() -> None:
     """Without a memory too one pass is enough: over rows and columns that differ in length by a factor of 3."""
     generator = torch.Generator().manual_seed(0)

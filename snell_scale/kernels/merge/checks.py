@@ -84,14 +84,16 @@ def check_limit(transient_limit_bytes: int) -> None:
         )
 
 
-def check_memory(threshold_memory: Tensor | None, *, num_groups: int) -> None:
-    """One bracket per group."""
+def check_memory(threshold_memory: Tensor | None, A: Tensor) -> None:
+    """One bracket per group, beside the factors, float32 whatever they are."""
     if threshold_memory is None:
         return
-    if tuple(threshold_memory.shape) != (num_groups, 2) or not threshold_memory.dtype.is_floating_point:
+    expected = ((A.shape[0], 2), torch.float32, A.device)
+    came = (tuple(threshold_memory.shape), threshold_memory.dtype, threshold_memory.device)
+    if came != expected or not threshold_memory.is_contiguous():
         raise ValueError(
-            f"threshold_memory is {tuple(threshold_memory.shape)} {threshold_memory.dtype}; expected floating "
-            f"({num_groups}, 2): start with torch.full(({num_groups}, 2), math.nan)"
+            f"threshold_memory is {came[0]} {came[1]} on {came[2]}; expected {expected[0]} {expected[1]} on "
+            f"{expected[2]}, contiguous: start with torch.full({expected[0]}, math.nan) in that dtype and place"
         )
 
 

@@ -6,18 +6,34 @@ particular to the merge op: for a comparison with layers that call F.linear, SNE
 away.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_is_switched_off = False
+
 
 def has_faster_product(rows: Tensor) -> bool:
     """Whether `product` and `product_backward` should take the place of F.linear's for these rows."""
-    return rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0 and _prefers_onednn()
+    is_served = rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0
+    return is_served and not _is_switched_off and torch.backends.mkldnn.enabled and _prefers_onednn()
+
+
+@contextlib.contextmanager
+def only_mkl() -> Iterator[None]:
+    """F.linear's product for every call inside, forward or backward: to compare like with like."""
+    global _is_switched_off
+    before, _is_switched_off = _is_switched_off, True
+    try:
+        yield
+    finally:
+        _is_switched_off = before
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,7 +54,7 @@ def _as_image(rows: Tensor) -> Tensor:
 
 def _as_rows(image: Tensor) -> Tensor:
     """(1, features, T, 1) → (T, features), the same memory if it is in channels-last order."""
-    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1])
+    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1]).contiguous()
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def merge_linear(
     weighting: g = |K| (magnitude) | |K| − τ (soft) | 1 (hard).
     scale: the c of K = c Σ_h (−1)^h d_h; it multiplies the distance part only, the other kernels do not read it.
     kernel_params: alpha, gamma, beta, each (G,), for mixk, sigmoid, rbf and exponential.
-    threshold_memory: (G, 2) floating, NaN at first, overwritten by each call: where the next looks for τ first.
+    threshold_memory: (G, 2) float32, NaN at first, overwritten by each call: where the next looks for τ first.
     It saves time and changes nothing else; a layer keeps one from step to step.
     implementation: auto (triton on CUDA, else torch) | reference (plain autograd) | torch | triton.
     transient_limit_bytes: bound of what a call holds for a while besides its results, whatever the layer's size.
@@ -54,7 +54,7 @@ def merge_linear(
     Plain equivalent: `F.linear(x, weight + delta_weight_reference(A, B, ...), bias)`.
     """
     call, sparsity = _checked(
-        A, B, (), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+        A, B, x, (), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
     )
     if weight is not None:
         if weight.dim() != 2:
@@ -104,7 +104,17 @@ def merge_conv2d(
     x_padded, sides = _resolve_padding(x, padding, window=shape[2:], dilation=dilation, stride=stride)
     geometry = (*shape[2:], *stride, *sides, *dilation)
     call, sparsity = _checked(
-        A, B, geometry, sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+        A,
+        B,
+        x,
+        geometry,
+        sparsity,
+        kernel,
+        weighting,
+        scale,
+        kernel_params,
+        implementation,
+        transient_limit_bytes,
     )
     checks.check_weight(A, B, shape, num_in=shape[1] * shape[2] * shape[3])
     batched = x_padded if x.dim() == 4 else x_padded.unsqueeze(0)
@@ -129,7 +139,7 @@ def delta_weight(
     Not of the hot path: it looks at the factors, and raises ValueError if one is not finite.
     """
     call, sparsity = _checked(
-        A, B, (0,), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
+        A, B, None, (0,), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
     )
     checks.check_finite(call.factors)
     no_input = torch.empty(0, A.shape[-2], dtype=factor_dtype(A), device=A.device)
@@ -139,6 +149,7 @@ def delta_weight(
 def _checked(
     A: Tensor,
     B: Tensor,
+    x: Tensor | None,
     geometry: tuple[int, ...],
     sparsity: Sparsity,
     kernel: str,
@@ -156,7 +167,7 @@ def _checked(
     params = checks.named_params(kernel, kernel_params, num_groups=A.shape[0])
     per_group = checks.sparsity_per_group(sparsity, num_groups=A.shape[0])
     alpha, gamma, beta = (params.get(name) for name in ("alpha", "gamma", "beta"))
-    chosen = choose_implementation(implementation, A)
+    chosen = choose_implementation(implementation, A, None if x is None else x.dtype)
     call = Call(
         A, B, alpha, gamma, beta, geometry, kernel, weighting, float(scale), chosen, transient_limit_bytes
     )
@@ -168,7 +179,8 @@ def _on_device(sparsity: tuple[float, ...] | Tensor | None, A: Tensor) -> Tensor
     if sparsity is None:
         return None
     if isinstance(sparsity, Tensor):
-        return sparsity.to(A.device, non_blocking=True)
+        # Off the device a copy that nobody waits for might be read too soon.
+        return sparsity.to(A.device, non_blocking=A.device.type == "cuda")
     if len(set(sparsity)) == 1:
         return torch.full((len(sparsity),), sparsity[0], dtype=torch.float64, device=A.device)
     return torch.stack([torch.full((), each, dtype=torch.float64, device=A.device) for each in sparsity])
@@ -184,7 +196,7 @@ def _product(
 ) -> Tensor:
     """Rounds x and bias as autocast would for F.linear, differentiably; the weight is handed on untouched."""
     checks.check_bias(bias, num_out=call.num_out)
-    checks.check_memory(memory, num_groups=call.A.shape[0])
+    checks.check_memory(memory, call.A)
     lower = _autocast_dtype(x)
     if lower is not None:
         x = x.to(lower)

@@ -145,11 +145,10 @@ def _backward_body(
         gradients |= {name: gradient for name, gradient in found if gradient is not None}
         if dweight is not None and weight is not None:
             gradients["weight"] = dweight.to(weight.dtype).view(weight.shape)
-    return [
-        gradients[name].to(like.dtype) if (like := getattr(asked, name, None)) is not None else gradients[name]
-        for name in _DIFFERENTIABLE
-        if wants[name]
-    ]
+    for name in ("A", "B", *KERNEL_PARAMETERS[asked.kernel]):
+        if name in gradients:
+            gradients[name] = gradients[name].to(getattr(asked, name).dtype).contiguous()
+    return [gradients[name] for name in _DIFFERENTIABLE if wants[name]]
 
 
 def _backward_shapes(

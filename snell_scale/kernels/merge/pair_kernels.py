@@ -77,13 +77,17 @@ class DistanceKernel(PairKernel):
     def finish(self) -> list[Tensor | None]:
         if self._sums is None:
             return [None, None]
-        # dK / (|c| d) is |c| too small for ∂L/∂d = c (−1)^h dK, and its difference vectors lack the c: hence c².
-        coefficients = self._delta.A.new_tensor(self._signs).mul_(self._delta.scale**2)[:, None, None]
-        by_matrix = [
-            None if sums is None else sums.unflatten(0, (-1, self._num_components))
-            for sums in self._sums.finish()
-        ]
-        return [None if sums is None else sums.mul_(coefficients) for sums in by_matrix]
+        return [None if sums is None else self._by_component(sums) for sums in self._sums.finish()]
+
+    def _by_component(self, sums: Tensor) -> Tensor:
+        """(G·H, …) → (G, H, …), each component with its coefficient.
+
+        dK / (|c| d) is |c| too small for ∂L/∂d = c (−1)^h dK, and its difference vectors lack the c: hence c².
+        """
+        gradients = sums.unflatten(0, (-1, self._num_components))
+        for h, sign in enumerate(self._signs):
+            gradients[:, h].mul_(sign * self._delta.scale**2)
+        return gradients
 
     def _signed_sum(self, distances: list[Tensor]) -> Tensor:
         first, *others = distances

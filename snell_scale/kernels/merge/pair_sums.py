@@ -8,11 +8,19 @@ of one of the N.
 import torch
 from torch import Tensor
 
+# Up to so many numbers a row, differences are taken one by one: there |a|² − 2 a·b + |b|² cancels most, for many
+# pairs are close, and the passes are few.
+_MOST_SUBTRACTED = 2
+
 
 class SquaredDistances:
-    """factor² ‖b_i − a_j‖² as one product: (−2 b, |b|², 1) · (a, 1, |a|²)."""
+    """factor² ‖b_i − a_j‖², as one product: (−2 b, |b|², 1) · (a, 1, |a|²); for small q by subtraction."""
 
     def __init__(self, A: Tensor, B: Tensor, *, factor: float = 1.0) -> None:
+        self._is_subtracted = A.shape[2] <= _MOST_SUBTRACTED
+        if self._is_subtracted:
+            self._left, self._right = B * factor, A.transpose(1, 2) * factor
+            return
         square = factor * factor
         of_rows = B.square().sum(2, keepdim=True).mul_(square)
         self._left = torch.cat((B * (-2 * square), of_rows, torch.full_like(of_rows, square)), 2)
@@ -21,7 +29,8 @@ class SquaredDistances:
 
     def tile(self, index: int, columns: slice) -> tuple[Tensor, bool]:
         """The tile, never negative, and whether it may hold a 0, where the distance has no gradient."""
-        squares = self._left[index] @ self._right[index, :, columns]
+        left, right = self._left[index], self._right[index, :, columns]
+        squares = _squared_differences(left, right) if self._is_subtracted else left @ right
         # On CPU reading the least value costs less than clamping, and spares every later guard against 0.
         if squares.device.type == "cpu" and float(squares.amin()) > 0:
             return squares, False
@@ -79,3 +88,12 @@ class DifferenceSums:
 
 def _difference(factor: Tensor, sums: Tensor | None, product: Tensor | None) -> Tensor | None:
     return None if sums is None or product is None else (factor * sums.unsqueeze(2)).sub_(product)
+
+
+def _squared_differences(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_k (left[i, k] − right[k, j])²."""
+    squares = torch.square_(left[:, :1] - right[:1])
+    for k in range(1, left.shape[1]):
+        difference = left[:, k : k + 1] - right[k : k + 1]
+        squares.addcmul_(difference, difference)
+    return squares

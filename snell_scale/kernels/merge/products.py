@@ -17,6 +17,10 @@ from . import cpu_products
 class Product(Protocol):
     """y = x · weight + bias, and its gradients; dy has y's shape."""
 
+    def prepared(self, tensor: Tensor) -> Tensor:
+        """x or dy in a layout that no range of columns has to change again."""
+        ...
+
     def add_output(
         self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
     ) -> Tensor:
@@ -30,8 +34,10 @@ class Product(Protocol):
         """Room for dx."""
         ...
 
-    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
-        """The part of dx that these columns see."""
+    def add_grad_input(
+        self, dx: Tensor | None, dy: Tensor, weight: Tensor, columns: slice, x_shape: Sequence[int]
+    ) -> Tensor:
+        """dx (None: with nothing written yet) with the part that these columns see."""
         ...
 
     def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
@@ -44,6 +50,9 @@ class Product(Protocol):
 @dataclass(frozen=True)
 class LinearProduct:
     """y (…, out) = x (…, in) weightᵀ + bias."""
+
+    def prepared(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous()
 
     def add_output(
         self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
@@ -58,12 +67,19 @@ class LinearProduct:
     def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
         return dy.new_empty(x_shape)
 
-    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
-        rows, here = _as_rows(dy), _as_rows(dx)[:, columns]
-        if cpu_products.has_faster_product(rows):
+    def add_grad_input(
+        self, dx: Tensor | None, dy: Tensor, weight: Tensor, columns: slice, x_shape: Sequence[int]
+    ) -> Tensor:
+        rows, is_faster = _as_rows(dy), cpu_products.has_faster_product(_as_rows(dy))
+        if is_faster and weight.shape[1] == x_shape[-1]:
+            return cpu_products.product_backward(rows, weight).view(tuple(x_shape))
+        dx = self.empty_grad_input(dy, x_shape) if dx is None else dx
+        here = _as_rows(dx)[:, columns]
+        if is_faster:
             here.copy_(cpu_products.product_backward(rows, weight))
         else:
             torch.mm(rows, weight, out=here)
+        return dx
 
     def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
         return torch.mm(_as_rows(dy).T, _as_rows(x)[:, columns], out=out)
@@ -84,6 +100,9 @@ class Conv2dProduct:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    def prepared(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def add_output(
         self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
     ) -> Tensor:
@@ -98,10 +117,14 @@ class Conv2dProduct:
         layout = torch.channels_last if is_last else torch.contiguous_format
         return torch.empty(x_shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
 
-    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+    def add_grad_input(
+        self, dx: Tensor | None, dy: Tensor, weight: Tensor, columns: slice, x_shape: Sequence[int]
+    ) -> Tensor:
+        dx = self.empty_grad_input(dy, x_shape) if dx is None else dx
         here = dx[:, self._channels(columns)]
         only_its_shape = dy.new_empty(1).expand(here.shape)
         here.copy_(self._backward(dy, only_its_shape, self._as_window(weight), (True, False, False))[0])
+        return dx
 
     def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
         here = x[:, self._channels(columns)]
@@ -129,6 +152,9 @@ class Conv2dProduct:
 class WeightItself:
     """y (out, in) = weight: what `delta_weight` differentiates. x is (0, in)."""
 
+    def prepared(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def add_output(
         self, y: Tensor | None, x: Tensor, weight: Tensor, columns: slice, bias: Tensor | None
     ) -> Tensor:
@@ -139,7 +165,9 @@ class WeightItself:
     def empty_grad_input(self, dy: Tensor, x_shape: Sequence[int]) -> Tensor:
         raise AssertionError("the delta has no input")
 
-    def write_grad_input(self, dx: Tensor, dy: Tensor, weight: Tensor, columns: slice) -> None:
+    def add_grad_input(
+        self, dx: Tensor | None, dy: Tensor, weight: Tensor, columns: slice, x_shape: Sequence[int]
+    ) -> Tensor:
         raise AssertionError("the delta has no input")
 
     def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ _STANDARD_ERRORS = 4
 # The next bracket reaches three times τ's last relative move to both sides, within these bounds. A τ that moves
 # faster is not predicted but sampled.
 _MOVES_COVERED, _LEAST_HALF_WIDTH, _MOST_HALF_WIDTH = 3, 1e-3, 3e-2
+_SAME = 1e-6  # the middle of a float32 bracket is τ but for rounding
 
 
 class Magnitudes(Protocol):
@@ -176,7 +177,11 @@ def _next_bracket(tau: float, memory: Tensor) -> Tensor:
     widest = tau * _MOST_HALF_WIDTH
     half_width = widest  # after an unknown bracket (NaN), which tells no move
     if low == low:
-        half_width = max(_MOVES_COVERED * abs(tau - (low + high) / 2), tau * _LEAST_HALF_WIDTH)
+        moved = abs(tau - (low + high) / 2)
+        if moved <= tau * _SAME:
+            # Called again for the same factors (an accumulated batch, a checkpoint's recomputation): no news.
+            return memory
+        half_width = max(_MOVES_COVERED * moved, tau * _LEAST_HALF_WIDTH)
     bracket = (tau - half_width, tau + half_width) if half_width <= widest else (math.nan, math.nan)
     return torch.tensor(bracket, dtype=memory.dtype)
 

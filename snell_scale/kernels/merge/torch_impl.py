@@ -14,9 +14,9 @@ from .delta import Delta, Wanted
 from .pair_kernels import PAIR_KERNELS, PairKernel
 from .threshold import select_magnitude, threshold_rank
 
-# 1 MiB of float32, so that what is live of a tile stays in the caches; but no narrower than six cache lines where
-# the limit allows, for the tile of W0 is read row by row.
-_TILE_ENTRIES, _TILE_COLUMNS = 1 << 18, 96
+# Half a MiB of float32: what is live of a tile stays in the caches. But no narrower than six cache lines where the
+# limit allows, for the tile of W0 is read row by row.
+_TILE_ENTRIES, _TILE_COLUMNS = 1 << 17, 96
 # The most buffers of a tile's size that are live at once (SNELLA's backward, two components).
 _TILE_BUFFERS = 12
 
@@ -53,9 +53,11 @@ class TorchMerge:
     def visit(self, columns: slice, *, weight: Tensor | None, merged: Tensor | None, G: Tensor | None) -> None:
         """Writes (W0 + ΔW)[:, columns] into `merged`, and adds what G = ∂L/∂W[:, columns] gives the factors.
 
-        merged, G: (out, len(columns)) or None. weight W0: (out, in), or None for ΔW alone. A range of columns
-        begins at a multiple of the tile's width.
+        merged, G: (out, len(columns)) or None. weight W0: as the layer has it, or None for ΔW alone. A range of
+        columns begins at a multiple of the tile's width.
         """
+        if merged is None and G is None:
+            return
         num_rows = self._delta.num_rows
         for tile in _tiles(columns, self._tile_columns):
             here = slice(tile.start - columns.start, tile.stop - columns.start)
@@ -64,9 +66,17 @@ class TorchMerge:
                 K = self._kernel.tile(group, tile)
                 gate = None if tau is None else _gate(K, tau, self._delta.weighting)
                 if merged is not None:
-                    _write_merged(merged[rows, here], None if weight is None else weight[rows, tile], K, gate)
+                    base = None if weight is None else self._base_tile(weight, rows, tile)
+                    _write_merged(merged[rows, here], base, K, gate)
                 if G is not None:
                     self._kernel.add_gradients(group, _gated(G[rows, here], gate, K.dtype), tile)
+
+    def _base_tile(self, weight: Tensor, rows: slice, tile: slice) -> Tensor:
+        """W0's entries of a tile; of a convolution's weight in channels-last order never more is copied."""
+        if weight.dim() == 2:
+            return weight[rows, tile]
+        step = self._delta.column_step
+        return weight[rows, tile.start // step : tile.stop // step].flatten(1)
 
     def gradients(self) -> list[Tensor | None]:
         """Of A, B and the kernel's parameters, in the shapes of Delta; None where not wanted."""

@@ -91,13 +91,18 @@ def _pairs(
     for _ in range(Q):
         a = tl.load(a_pointers, mask=column_mask, other=0.0)
         b = tl.load(b_pointers, mask=row_mask, other=0.0)
-        product = tl.fma(b, a, product)
-        if IS_DISTANCE:
+        if IS_DISTANCE and Q <= 2:
+            # Few numbers: many pairs are close, where the other form cancels most.
+            difference = b - a
+            product = tl.fma(difference, difference, product)
+        else:
+            product = tl.fma(b, a, product)
+        if IS_DISTANCE and Q > 2:
             a_norm = tl.fma(a, a, a_norm)
             b_norm = tl.fma(b, b, b_norm)
         a_pointers += num_columns
         b_pointers += num_rows
-    if IS_DISTANCE:
+    if IS_DISTANCE and Q > 2:
         squared = tl.fma(product, -2.0, a_norm + b_norm)
         # Not tl.maximum, which would turn the NaN of a diverged factor into 0.
         product = tl.where(squared < 0.0, 0.0, squared)

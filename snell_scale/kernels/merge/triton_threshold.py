@@ -184,6 +184,8 @@ def _finish_kernel(
         is_known = (lower == lower) & (upper < float("inf"))
         moved = tl.abs(tau - (lower + upper) * 0.5)
         half = tl.where(is_known, tl.minimum(tl.maximum(3.0 * moved, 0.001 * tau), 0.03 * tau), 0.01 * tau)
+        # Called again for the same factors (an accumulated batch, a checkpoint's recomputation): no news.
+        half = tl.where(is_known & (moved <= 1e-6 * tau), (upper - lower) * 0.5, half)
         half = tl.minimum(half, limit)
         tl.store(memory_ptr + 2 * group, tau - half)
         tl.store(memory_ptr + 2 * group + 1, tau + half)

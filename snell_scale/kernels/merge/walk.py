@@ -12,8 +12,8 @@ from .products import LinearProduct, Product
 from .torch_impl import TorchMerge, find_thresholds, tile_columns_of
 
 DEFAULT_TRANSIENT_LIMIT_BYTES = 64 * 2**20
-# On CPU a product with this many columns runs at full speed, and less is live than with more.
-_CPU_RANGE_COLUMNS, _CPU_RANGE_ENTRIES = 512, 3 << 18
+# On CPU a product with this many columns runs at nearly full speed, and less is live than with more.
+_CPU_RANGE_COLUMNS = 256
 
 
 def thresholds(
@@ -64,7 +64,7 @@ class Walk:
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """y, in x's dtype. weight W0: (out, in) or a convolution's; None: ΔW alone."""
-        weight = None if weight is None else weight.flatten(1)
+        x = self._product.prepared(x)
         ranges = self._ranges(x.dtype, num_buffers=1, is_narrow=False)
         # Partial sums over several ranges are added in float32 at least, and rounded once.
         operands = x.dtype if len(ranges) == 1 else torch.promote_types(x.dtype, torch.float32)
@@ -94,8 +94,8 @@ class Walk:
 
         x is needed for dweight and the factors' gradients, weight (if there is one) for dx.
         """
-        weight = None if weight is None else weight.flatten(1)
-        dx = self._product.empty_grad_input(dy, x_shape) if wants_dx else None
+        dy, x = self._product.prepared(dy), None if x is None else self._product.prepared(x)
+        dx = None
         whole_G = self._grad_weight(dy, x, slice(0, self._delta.num_columns)) if wants_dweight else None
         with without_autocast(dy.device):
             merge = self._merge(wanted)
@@ -110,8 +110,8 @@ class Walk:
                 with ieee_float32_products():
                     merge.visit(columns, weight=weight, merged=merged, G=G)
                 del G
-                if dx is not None and merged is not None:
-                    self._product.write_grad_input(dx, dy, merged, columns)
+                if merged is not None:
+                    dx = self._product.add_grad_input(dx, dy, merged, columns, x_shape)
             return dx, whole_G, merge.gradients()
 
     def _grad_weight(self, dy: Tensor, x: Tensor | None, columns: slice, *, out: Tensor | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class Walk:
         if width < num_columns and dtype.itemsize < 4:
             width //= 3  # beside each number of 2 bytes stands its copy of 4
         if is_narrow and self._delta.A.device.type == "cpu" and isinstance(self._product, LinearProduct):
-            width = min(width, max(_CPU_RANGE_COLUMNS, _CPU_RANGE_ENTRIES // self._num_out))
+            width = min(width, max(_CPU_RANGE_COLUMNS, self._tile_columns))
         width = max(width // self._tile_columns, 1) * self._tile_columns
         starts = range(0, num_columns, width)
         return [slice(start, min(start + width, num_columns)) for start in starts]
@@ -173,6 +173,7 @@ class _TritonMerge:
 
         if merged is not None:
             dtype = merged.dtype
+            weight = None if weight is None else weight.flatten(1)
             triton_impl.merge_columns(self._delta, self._taus, self._logs, weight, columns, dtype, out=merged)
         if G is not None:
             triton_impl.add_gradients(self._delta, self._taus, self._logs, G, columns, self._sums)

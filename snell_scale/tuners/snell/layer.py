@@ -39,21 +39,21 @@ class ProductArguments(MergeArguments):
     threshold_memory: Tensor | None
 
 
-class SparsityBuffers(BufferDict):
-    """Saved float64 buffers by adapter name; `.to`, `.half` and the like change their device only.
+class FixedTypeBuffers(BufferDict):
+    """Buffers by adapter name; `.to`, `.half` and the like change their device only.
 
     A sparsity rounded to bf16 would move thousands of entries.
     """
 
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__(persistent=persistent)
 
     def __getitem__(self, key: str) -> Tensor:
         value = self._buffers[key]
         assert value is not None
         return value
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparsityBuffers":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedTypeBuffers":
         for key in self.keys():
             value, moved = self[key], fn(self[key])
             self._buffers[key] = moved if moved.dtype == value.dtype else value.to(moved.device)
@@ -76,10 +76,10 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         self.snell_alpha = nn.ParameterDict()
         self.snell_gamma = nn.ParameterDict()
         self.snell_beta = nn.ParameterDict()
-        self.snell_sparsity = SparsityBuffers()
+        self.snell_sparsity = FixedTypeBuffers(persistent=True)
         self.snell_plan: dict[str, LayerPlan] = {}
         # Where the next threshold is looked for first: no state of the model, results do not depend on it.
-        self.snell_threshold_memory: dict[str, Tensor] = {}
+        self.snell_threshold_memory = FixedTypeBuffers(persistent=False)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -122,6 +122,11 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         for name, value in start.items():
             values = torch.full((groups,), value, device=device, dtype=dtype)
             getattr(self, f"snell_{name}")[adapter_name] = nn.Parameter(values)
+        if plan.sparsity is not None:
+            with torch.inference_mode(False):  # or no step outside of it could write there
+                self.snell_threshold_memory[adapter_name] = torch.full(
+                    (groups, 2), math.nan, device=device, dtype=torch.float32
+                )
         if plan.competes:
             assert plan.sparsity is not None
             self.snell_sparsity[adapter_name] = torch.full(
@@ -213,15 +218,11 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         return {**self._merge_arguments(adapter_name), "threshold_memory": self._threshold_memory(adapter_name)}
 
     def _threshold_memory(self, adapter_name: str) -> Tensor | None:
-        """(G, 2) beside the factors; None where tensors have no values to remember."""
+        """(G, 2) beside the factors; None where nothing is remembered: dense, or tensors without values."""
         A = self.snell_A[adapter_name]
-        if A.is_meta or isinstance(A, FakeTensor) or self.snell_plan[adapter_name].sparsity is None:
+        if adapter_name not in self.snell_threshold_memory or A.is_meta or isinstance(A, FakeTensor):
             return None
-        memory = self.snell_threshold_memory.get(adapter_name)
-        if memory is None or memory.device != A.device:
-            memory = torch.full((A.shape[0], 2), math.nan, device=A.device)
-            self.snell_threshold_memory[adapter_name] = memory
-        return memory
+        return self.snell_threshold_memory[adapter_name]
 
     def _merge_arguments(self, adapter_name: str) -> MergeArguments:
         plan = self.snell_plan[adapter_name]
@@ -254,8 +255,9 @@ class SnellLayer(nn.Module, BaseTunerLayer):
                 parameter = container[adapter_name]
                 if parameter.device != target:
                     container[adapter_name] = nn.Parameter(parameter.data.to(target), parameter.requires_grad)
-        if adapter_name in self.snell_sparsity and self.snell_sparsity[adapter_name].device.type != "meta":
-            self.snell_sparsity[adapter_name] = self.snell_sparsity[adapter_name].to(target, torch.float64)
+        for buffers in (self.snell_sparsity, self.snell_threshold_memory):
+            if adapter_name in buffers and buffers[adapter_name].device.type != "meta":
+                buffers[adapter_name] = buffers[adapter_name].to(target)
 
     def __repr__(self) -> str:
         return f"snell.{super().__repr__()}"
