@@ -20,8 +20,9 @@ _OTHER_SIDES = {
     "frozen": Style("#8C8C8C", "o"),
     "naive": Style("#AA3377", "o"),
     "snell-cold": Style("#EE9966", "o"),
+    "snell-mkl": Style("#CC6677", "o"),
 }
-_TEXT = ("record", "command", "hardware", "dtype", "case", "side", "note", "error")
+_TEXT = ("record", "command", "hardware", "dtype", "interrupted", "case", "side", "note", "error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,9 +53,9 @@ def write_bench_tables(paths: Sequence[Path], output: Path) -> list[Path]:
 def load_benches(paths: Sequence[Path]) -> pd.DataFrame:
     """One row per record, case and side, in the order of the records; a damaged one is named on stderr.
 
-    Columns: record, command, hardware, dtype, num_threads, case, side, rounds, median_ms, p10_ms, p90_ms,
-    peak_mib (MiB = 2^20 bytes), over_<base> with _p10 and _p90 (time over the base side's), note, error; NaN
-    where a record has no value. ValueError: no readable record.
+    Columns: record, command, hardware, dtype, num_threads, interrupted (a bool), case, side, rounds, median_ms,
+    p10_ms, p90_ms, peak_mib (MiB = 2^20 bytes), over_<base> with _p10 and _p90 (time over the base side's), note,
+    error; NaN where a record has no value. ValueError: no readable record.
     """
     rows = []
     for path in _record_files(paths):
@@ -88,10 +89,9 @@ def bench_columns(table: pd.DataFrame) -> list[Column]:
         if table[key].notna().any():
             shown.append(Column(f"× {base}", key, lambda row, key=key: number(row[key], digits=2)))
     shown.append(Column("Peak MiB", "peak_mib", lambda row: size(row["peak_mib"])))
-    if table["error"].notna().any():
-        shown.append(
-            Column("Error", "error", lambda row: "" if pd.isna(row["error"]) else row["error"], is_number=False)
-        )
+    for heading, key in (("Note", "note"), ("Error", "error")):
+        if table[key].notna().any():
+            shown.append(Column(heading, key, lambda row, key=key: _told(row[key]), is_number=False))
     return shown
 
 
@@ -163,6 +163,10 @@ def _milliseconds(value: float) -> str:
     return number(value, digits=4 if value < 1 else 2 if value < 100 else 0)
 
 
+def _told(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _spread(row: Row) -> str:
     if np.isnan(row["p10_ms"]):
         return _milliseconds(row["p10_ms"])
@@ -182,6 +186,7 @@ def _rows(record: BenchRecord) -> list[Row]:
         "hardware": record.hardware,
         "dtype": record.dtype,
         "num_threads": record.num_threads,
+        "interrupted": record.interrupted,
     }
     rows = []
     for row in record.rows:

@@ -74,7 +74,10 @@ class Aim:
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """bench.json. `environment` as instrument.environment collects it; `hardware`: the processor or GPU timed."""
+    """bench.json. `environment` as instrument.environment collects it; `hardware`: the processor or GPU timed.
+
+    interrupted: the user stopped it; the rows are those of the rounds and cases before.
+    """
 
     command: str
     name: str
@@ -90,6 +93,7 @@ class BenchRecord:
     rows: Sequence[Row] = ()
     aims: Sequence[Aim] = ()
     seconds: float | None = None
+    interrupted: bool = False
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,9 +1,11 @@
 """`snell-scale bench merge | step | gpu`: parses, calls, prints."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -21,17 +23,23 @@ from snell_scale.bench.settings import (
 )
 
 if TYPE_CHECKING:
-    from snell_scale.bench.progress import BenchProgress
-    from snell_scale.bench.report import Findings
     from snell_scale.bench_records import BenchRecord
 
 _S = TypeVar("_S", MergeSettings, StepSettings, GpuSettings)
+_T = TypeVar("_T", MergeSettings, StepSettings)
+_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True, help="Time the merge op and training steps, each behind a gate of correctness."
 )
 
-Sides = Annotated[str | None, typer.Option(help="Comma-separated; default: all.", show_default=False)]
+Sides = Annotated[
+    str | None,
+    typer.Option(
+        help="Comma-separated; default: all, with snell-mkl (ours by F.linear's library) where ours has another.",
+        show_default=False,
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed rounds; in each every side runs once.")]
 Sparsity = Annotated[float, typer.Option(help="Share of entries of ΔW that are zero.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
@@ -78,7 +86,7 @@ def merge(
     )
     from snell_scale.bench.merge import bench_merge
 
-    _finish(_run("merge", settings, bench_merge, output))
+    _finish(_run("merge", _with_all_sides(settings, sides), bench_merge, output))
 
 
 @app.command()
@@ -111,7 +119,7 @@ def step(
     )
     from snell_scale.bench.step import bench_step
 
-    _finish(_run("step", settings, bench_step, output))
+    _finish(_run("step", _with_all_sides(settings, sides), bench_step, output))
 
 
 @app.command()
@@ -146,36 +154,58 @@ def gpu(
     _finish(record)
 
 
-def _run(
-    command: str, settings: _S, bench: Callable[[_S, "BenchProgress"], "Findings"], output: Path | None
-) -> "BenchRecord":
+def _run(command: str, settings: _S, bench: Callable[..., object], output: Path | None) -> "BenchRecord":
     """Check, run, write the record, print it."""
     settings.check_all()
+    # Kineto tells of every start and stop between our lines, at the severity 5; it reads this at its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
     from snell_scale.bench.progress import BenchProgress
-    from snell_scale.bench.report import check_device, print_rows, write_findings
+    from snell_scale.bench.report import (
+        check_device,
+        check_implementation,
+        output_folder,
+        print_rows,
+        write_findings,
+    )
 
     device = check_device(settings.device)
+    check_implementation(getattr(settings, "implementation", "auto"), device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = output or Path("runs/bench") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = write_findings(
-        f"bench {command}",
-        lambda: bench(settings, BenchProgress()),
-        settings=asdict(settings),
-        device=device,
-        dtype=settings.dtype,
-        output=folder,
-    )
+    with output_folder(folder) as full_path:
+        try:
+            record = write_findings(
+                f"bench {command}",
+                partial(bench, settings, BenchProgress()),
+                settings=asdict(settings),
+                device=device,
+                dtype=settings.dtype,
+                output=full_path,
+            )
+        except KeyboardInterrupt:
+            print("interrupted before anything was timed: there is no record", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
     print_rows(record, _console())
     print(f"Record: {folder}/bench.json")
     return record
 
 
+def _with_all_sides(settings: _T, sides: str | None) -> _T:
+    """Checked; with the side that depends on this machine's libraries, where the user named none."""
+    settings.check_all()
+    if sides is not None:
+        return settings
+    from snell_scale.bench.cpu_libraries import with_default_sides
+
+    return with_default_sides(settings)
+
+
 def _finish(record: "BenchRecord") -> None:
-    """Exit code 1 where something could not be measured."""
-    sys.exit(1 if any(row.error for row in record.rows) else 0)
+    """Exit code 130 where the user stopped it, 1 where something could not be measured."""
+    sys.exit(_INTERRUPTED if record.interrupted else 1 if any(row.error for row in record.rows) else 0)
 
 
 def _console() -> Console:

@@ -81,11 +81,11 @@ class _Item:
     aims: Sequence[Aim]
 
 
-def bench_gpu(settings: GpuSettings, progress: BenchProgress) -> Findings:
+def bench_gpu(settings: GpuSettings, progress: BenchProgress, findings: Findings | None = None) -> Findings:
     """Run the whole set; what fails, or finds no time left, becomes a row with its reason."""
     sizes = _SMALL if settings.small else _FULL
     deadline = time.perf_counter() + sizes.total_budget_s
-    findings = Findings()
+    findings = Findings() if findings is None else findings
     for item in _items(settings, sizes, progress):
         if time.perf_counter() > deadline:
             _failed(findings, item, f"skipped: the {sizes.total_budget_s:.0f} s of the whole set are used up")
@@ -164,9 +164,7 @@ def _layer_item(shape: tuple[int, int], settings: GpuSettings, sizes: _Sizes, pr
     )
 
     def run(findings: Findings) -> None:
-        found = bench_merge(asked, progress, budget_s=sizes.round_budget_s)
-        findings.gates += found.gates
-        findings.rows += found.rows
+        bench_merge(asked, progress, findings, budget_s=sizes.round_budget_s)
 
     return _Item(f"{shape_name(shape)} r={_RANK}", run, [])
 

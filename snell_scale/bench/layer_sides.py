@@ -9,8 +9,10 @@ import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
+from snell_scale.bench.cpu_libraries import with_products_of
 from snell_scale.bench.memory import Phases, clear_gradients
 from snell_scale.bench.naive_snell import NaiveSnellLinear
+from snell_scale.bench.settings import MKL_SIDE
 from snell_scale.kernels.merge import merge_linear
 
 # Adam's update at the start of training: the learning rate in every entry, up or down.
@@ -128,7 +130,7 @@ def side_phases(side: str, layer: Layer) -> Phases:
     def backward() -> None:
         outputs.pop().backward(dy)
 
-    return Phases(module, (("forward", forward), ("backward", backward)))
+    return with_products_of(side, Phases(module, (("forward", forward), ("backward", backward))))
 
 
 @torch.no_grad()
@@ -194,4 +196,5 @@ BUILDERS: Mapping[str, Callable[[Layer], nn.Module]] = {
     "naive": _naive,
     "snell": MergedLinear,
     "snell-cold": MergedLinear,
+    MKL_SIDE: MergedLinear,
 }

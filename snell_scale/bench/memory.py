@@ -67,8 +67,14 @@ def part_bytes(build: Callable[[], Phases], device: torch.device) -> dict[str, P
 
 def memory_source(device: torch.device) -> str:
     """What is counted, for the record."""
-    allocator = "CUDA" if device.type == "cuda" else "CPU"
-    return f"torch's {allocator} allocator, one side at a time, frozen weights and inputs included"
+    is_cuda = device.type == "cuda"
+    allocator = f"torch's {'CUDA' if is_cuda else 'CPU'} allocator"
+    within = "inside libraries (what they allocate by themselves)"
+    if not is_cuda:
+        within = "inside oneDNN (copies of weights that it reorders) and numpy"
+    return (
+        f"{allocator}, one side at a time, frozen weights and inputs included; work space {within} is not counted"
+    )
 
 
 def clear_gradients(tensors: Sequence[Tensor]) -> None:

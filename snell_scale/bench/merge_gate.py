@@ -1,12 +1,14 @@
 """The gate of `bench merge`: ours and the baseline against the reference in float64, on the timed tensors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from snell_scale.bench.layer_sides import Layer
+from snell_scale.bench.cpu_libraries import products_of
+from snell_scale.bench.layer_sides import Layer, MergedLinear, between_rounds
+from snell_scale.bench.memory import clear_gradients
 from snell_scale.bench_records import Gate
 from snell_scale.kernels.merge.reference import gate_reference, kernel_matrix_reference
 
@@ -34,18 +36,22 @@ class _Truth:
 def gate_layer(case: str, layer: Layer, sides: dict[str, Callable[[Layer], nn.Module]]) -> list[Gate]:
     """Every check of every side; `sides` make a module from a layer, as `layer_sides.side_module` does.
 
-    The weight is scaled to the size of ΔW, whose errors would drown in W0's rounding otherwise. The true
-    gradients are those under the side's own mask, which may differ from the true one in ties only.
+    The weight is scaled to the size of ΔW, whose errors would drown in W0's rounding otherwise. A side that
+    remembers thresholds is checked twice, the second time as it is timed: after a step of the optimizer, with
+    the search starting from what is remembered.
     """
     truth = _truth(layer)
+    small = _shrunk(layer, truth)
     gates = []
     for name, build in sides.items():
-        delta = _delta_of(layer, build)
-        differing = (delta != 0) != truth.mask
-        distance = (truth.K.abs() - truth.tau).abs() / truth.tau
-        worst = float(distance[differing].max()) if bool(differing.any()) else 0.0
-        gates.append(Gate(case, f"{name}: mask differs only at the threshold", worst, _TIE))
-        gates += _errors(case, name, layer, build, truth, mask=delta != 0)
+        with products_of(name):
+            module, unit_module = build(small), build(_without_weight(layer))
+            gates += _checks(case, name, module, unit_module, small, truth)
+            if isinstance(module, MergedLinear):
+                between_rounds(name, module)
+                _copy_factors(module, unit_module)
+                moved = replace(layer, A=module.A.detach().clone(), B=module.B.detach().clone())
+                gates += _checks(case, f"{name}, warm", module, unit_module, small, _truth(moved))
     return gates
 
 
@@ -63,27 +69,50 @@ def _truth(layer: Layer) -> _Truth:
     return _Truth(A, B, K, mask, tau=float(K.abs()[~mask].max()))
 
 
-def _delta_of(layer: Layer, build: Callable[[Layer], nn.Module]) -> Tensor:
-    """The side's own ΔW, read off its product with the unit matrix."""
-    num_in = layer.weight.shape[1]
-    unit = torch.eye(num_in, dtype=layer.weight.dtype, device=layer.weight.device)
-    probe = layer.of_tokens(1, weight=torch.zeros_like(layer.weight))
-    with torch.no_grad():
-        return build(probe)(unit).T
+def _shrunk(layer: Layer, truth: _Truth) -> Layer:
+    """Few tokens, and a weight of the size of ΔW."""
+    delta = truth.K * truth.K.abs() * truth.mask
+    weight = layer.weight * (delta.std() / layer.weight.double().std()).to(layer.weight.dtype)
+    return layer.of_tokens(_MAX_TOKENS, weight=weight)
 
 
-def _errors(
-    case: str, name: str, layer: Layer, build: Callable[[Layer], nn.Module], truth: _Truth, *, mask: Tensor
+def _without_weight(layer: Layer) -> Layer:
+    """Whose product with the unit matrix is ΔW."""
+    return layer.of_tokens(1, weight=torch.zeros_like(layer.weight))
+
+
+@torch.no_grad()
+def _copy_factors(source: MergedLinear, target: nn.Module) -> None:
+    assert isinstance(target, MergedLinear)
+    target.A.copy_(source.A)
+    target.B.copy_(source.B)
+
+
+def _checks(
+    case: str, name: str, module: nn.Module, unit_module: nn.Module, small: Layer, truth: _Truth
 ) -> list[Gate]:
+    """Mask, output and gradients of one forward and backward.
+
+    The true gradients are those under the side's own mask, which may differ from the true one in ties only.
+    """
+    unit = torch.eye(small.weight.shape[1], dtype=small.weight.dtype, device=small.weight.device)
+    with torch.no_grad():
+        mask = unit_module(unit).T != 0
+    differing = mask != truth.mask
+    distance = (truth.K.abs() - truth.tau).abs() / truth.tau
+    worst = float(distance[differing].max()) if bool(differing.any()) else 0.0
+    of_mask = Gate(case, f"{name}: mask differs only at the threshold", worst, _TIE)
+    return [of_mask, *_errors(case, name, module, small, truth, mask=mask)]
+
+
+def _errors(case: str, name: str, module: nn.Module, small: Layer, truth: _Truth, *, mask: Tensor) -> list[Gate]:
     """Output and gradients against the truth under this mask."""
-    delta = truth.K * truth.K.abs() * mask
-    shrunk = layer.weight * (delta.std() / layer.weight.double().std()).to(layer.weight.dtype)
-    small = layer.of_tokens(_MAX_TOKENS, weight=shrunk)
-    module, x = build(small), small.x.clone().requires_grad_()
+    weight = small.weight.double() + truth.K * truth.K.abs() * mask
+    x, dy = small.x.clone().requires_grad_(), small.dy.double()
+    clear_gradients(list(module.parameters()))
     y = module(x)
     y.backward(small.dy)
     factors = dict(module.named_parameters())
-    weight, dy = small.weight.double() + delta, small.dy.double()
     true_dA, true_dB = _factor_gradients(truth, dy.T @ small.x.double(), mask)
     pairs = {
         "y": (y.detach(), small.x.double() @ weight.T),
@@ -91,7 +120,7 @@ def _errors(
         "dA": (factors["A"].grad, true_dA.unsqueeze(0)),
         "dB": (factors["B"].grad, true_dB.unsqueeze(0)),
     }
-    limit = LIMITS[layer.x.dtype]
+    limit = LIMITS[small.x.dtype]
     gates = []
     for what, (value, true) in pairs.items():
         error = float("nan") if value is None else relative_error(value, true)

@@ -1,7 +1,8 @@
 """What a benchmark found, gathered into a record and shown as a table."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from snell_scale.bench.memory import memory_source
-from snell_scale.bench_records import BASES, Aim, BenchRecord, Gate, Row, write_bench
+from snell_scale.bench_records import BASES, FILE_NAME, Aim, BenchRecord, Gate, Row, write_bench
 from snell_scale.instrument.environment import collect_environment
+from snell_scale.kernels.merge.choice import choose_implementation
 
 MIB = 2**20
 
@@ -43,16 +45,21 @@ class Findings:
 
 def write_findings(
     command: str,
-    run: Callable[[], Findings],
+    run: Callable[[Findings], object],
     *,
     settings: Mapping[str, Any],
     device: torch.device,
     dtype: str,
     output: Path,
 ) -> BenchRecord:
-    """Run a benchmark and write its record to `output`/bench.json. RedGate: see Findings."""
+    """Run a benchmark and write its record to `output`/bench.json. RedGate: see Findings.
+
+    `run` fills the findings it is given. Ctrl-C leaves a record of what it had found, marked `interrupted`;
+    KeyboardInterrupt where that was nothing.
+    """
     started, created = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    findings = run()
+    findings = Findings()
+    interrupted = _is_interrupted(run, findings)
     environment = collect_environment(device)
     record = BenchRecord(
         command=command,
@@ -69,9 +76,20 @@ def write_findings(
         rows=findings.rows,
         aims=findings.aims,
         seconds=time.perf_counter() - started,
+        interrupted=interrupted,
     )
     write_bench(output, record)
     return record
+
+
+def _is_interrupted(run: Callable[[Findings], object], findings: Findings) -> bool:
+    try:
+        run(findings)
+    except KeyboardInterrupt:
+        if not findings.rows:
+            raise
+        return True
+    return False
 
 
 def check_device(name: str) -> torch.device:
@@ -86,6 +104,37 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def check_implementation(name: str, device: torch.device) -> None:
+    """ValueError where this machine cannot run the op's implementation of this name."""
+    try:
+        choose_implementation(name, torch.empty(0, device=device))
+    except ValueError as error:
+        raise ValueError(f"--implementation is {name!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """The folder's full path, made and tried out; folders made for it go again if nothing was written there.
+
+    ValueError where it cannot be written to: before minutes are spent on what could not be kept.
+    """
+    folder = folder.resolve()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    probe = folder / f".{FILE_NAME}.probe"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"\n")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"--output is {folder}, which is no folder to write to: {error}") from None
+        yield folder
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds something, or was never made
+                each.rmdir()
+
+
 def hardware_name(environment: Mapping[str, Any], device: torch.device) -> str:
     """The GPU, or the processor and the threads used of it."""
     if device.type == "cuda":
@@ -96,7 +145,8 @@ def hardware_name(environment: Mapping[str, Any], device: torch.device) -> str:
 def print_rows(record: BenchRecord, console: Console) -> None:
     """One row per case and side, then the gates in one line."""
     bases = [base for base in BASES if any(base in row.ratios for row in record.rows)]
-    table = Table(title=f"{record.command}: {record.hardware}, {record.dtype}", title_justify="left")
+    title = f"{record.command}: {record.hardware}, {record.dtype}{', interrupted' if record.interrupted else ''}"
+    table = Table(title=title, title_justify="left")
     for heading in ("case", "side"):
         table.add_column(heading)
     for heading in ("median ms", "p10–p90 ms", "peak MiB", *(f"× {base}" for base in bases)):

@@ -8,9 +8,13 @@ from snell_scale.registry import nearest
 
 LAYER_SIDES = ("frozen", "lora", "shira", "full", "naive", "snell", "snell-cold")
 STEP_SIDES = ("probe", "lora", "shira", "full", "naive", "snell")
+# Ours with the library that F.linear calls, where the op would take a faster one: on CPU, in float32.
+MKL_SIDE = "snell-mkl"
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 GPU_ITEMS = ("kernels", "steps", "unets", "layers")
+# Whole models have SNELL layers, which choose the implementation themselves.
+_WITHOUT_IMPLEMENTATION = ("steps", "unets")
 NUM_COMPONENTS = 2
 
 
@@ -28,12 +32,17 @@ class Common:
 
     def check(self, known_sides: Sequence[str]) -> None:
         """ValueError that names what is wrong and what is valid."""
+        valid = [*known_sides, MKL_SIDE]
         for side in self.sides:
-            if side not in known_sides:
-                raise ValueError(f"--sides has {side!r}, {nearest(side, list(known_sides))}")
-        if not self.sides:
-            raise ValueError(f"--sides is empty; valid: {', '.join(known_sides)}")
+            if side not in valid:
+                raise ValueError(f"--sides has {side!r}, {nearest(side, valid)}")
+        _check_some("--sides", self.sides, valid)
         _check_choice("--dtype", self.dtype, DTYPES)
+        if MKL_SIDE in self.sides and (self.device != "cpu" or self.dtype != "float32"):
+            raise ValueError(
+                f"--sides has {MKL_SIDE!r}, which is about libraries on CPU in float32: leave it out, or give "
+                "--device cpu --dtype float32"
+            )
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"--sparsity is {self.sparsity}; expected a share of zeros in [0, 1)")
         _check_device(self.device)
@@ -82,7 +91,15 @@ class GpuSettings:
     def check_all(self) -> None:
         for item in self.items:
             _check_choice("--items", item, GPU_ITEMS)
+        _check_some("--items", self.items, GPU_ITEMS)
         _check_choice("--implementation", self.implementation, IMPLEMENTATIONS)
+        ignoring = [item for item in self.items if item in _WITHOUT_IMPLEMENTATION]
+        if self.implementation != "auto" and ignoring:
+            taking = ",".join(item for item in GPU_ITEMS if item not in _WITHOUT_IMPLEMENTATION)
+            raise ValueError(
+                f"--implementation is {self.implementation!r}, but {' and '.join(ignoring)} run whole models, "
+                f"whose layers choose by themselves: give --items {taking} or --implementation auto"
+            )
         _check_device(self.device)
         if self.device == "cpu" and not self.small:
             raise ValueError(
@@ -119,6 +136,11 @@ def shape_name(shape: tuple[int, int]) -> str:
 def _check_choice(option: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
         raise ValueError(f"{option} is {value!r}, {nearest(value, list(valid))}")
+
+
+def _check_some(option: str, values: Sequence[str], valid: Sequence[str]) -> None:
+    if not values:
+        raise ValueError(f"{option} is empty; valid: {', '.join(valid)}")
 
 
 def _check_device(device: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snell_scale.bench.cpu_libraries import with_products_of
 from snell_scale.bench.memory import Phases
 from snell_scale.bench.naive_snell import NaiveSnell, NaiveSnellLinear
+from snell_scale.bench.settings import MKL_SIDE
 from snell_scale.bench.workloads import TARGETS, Workload
 from snell_scale.interfaces import ModelBundle
 from snell_scale.tuners.methods.peft_methods import LoraMethodConfig, ShiraMethodConfig, SnellMethodConfig
@@ -33,6 +35,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.workload.name} r={self.rank}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return next(self.workload.bundle.module.parameters()).dtype
 
 
 def side_module(side: str, case: Case) -> nn.Module:
@@ -60,7 +67,8 @@ def side_phases(side: str, case: Case) -> Phases:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Phases(module, (("forward", forward), ("backward", backward), ("step", step)))
+    phases = Phases(module, (("forward", forward), ("backward", backward), ("step", step)))
+    return with_products_of(side, phases)
 
 
 def adapted_layers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -129,4 +137,5 @@ BUILDERS: Mapping[str, Callable[[ModelBundle, Case], nn.Module]] = {
     "full": _full,
     "naive": _naive,
     "snell": _snell,
+    MKL_SIDE: _snell,
 }

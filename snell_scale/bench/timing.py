@@ -17,10 +17,14 @@ _MIN_ROUNDS = 3
 
 @dataclass
 class Timings:
-    """milliseconds[side][round]; a side that ran out of memory is in `errors` instead."""
+    """milliseconds[side][round]; a side that ran out of memory is in `errors` instead.
+
+    Every side has the same rounds. interrupted: by the user, before all that were asked for.
+    """
 
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def time_sides(
@@ -38,30 +42,36 @@ def time_sides(
 
     Alternating spreads whatever drifts (clocks, heat, other work) evenly over the sides. `before(side)` runs
     outside of the timed window. A window holds `calls` calls and counts as their mean. With `budget_s` the
-    rounds end early once that many seconds are used, but not before the third.
+    rounds end early once that many seconds are used, but not before the third. Ctrl-C ends them at once, and
+    what the rounds before gave is returned: `check_not_interrupted` raises it again when that is safe.
     """
-    timings = Timings()
-    running = dict(sides)
+    timings = Timings({name: [] for name in sides})
     started = time.perf_counter()
-    for _ in range(warmup_rounds):
-        for name in list(running):
-            _warm_up(name, running, timings, before=before, device=device)
-    timings.milliseconds = {name: [] for name in running}
-    order = list(running)
-    for index in range(rounds):
-        if _is_over(started, budget_s) and index >= _MIN_ROUNDS:
-            break
-        # What the last round left is young; a full collection would take longer than many a side.
-        gc.collect(1)
-        with _no_collection():
-            for name in order:
-                if before is not None:
-                    before(name)
-                timings.milliseconds[name].append(time_call(running[name], device, calls=calls))
-        order = [*order[1:], *order[:1]]
-        if on_round is not None:
-            on_round(index + 1)
+    try:
+        for _ in range(warmup_rounds):
+            for name in list(timings.milliseconds):
+                _attempt(name, sides[name], timings, before=before, device=device)
+        for index in range(rounds):
+            if _is_over(started, budget_s) and index >= _MIN_ROUNDS:
+                break
+            # What the last round left is young; a full collection would take longer than many a side.
+            gc.collect(1)
+            with _no_collection():
+                for name in _turned(list(timings.milliseconds), index):
+                    _attempt(name, sides[name], timings, before=before, device=device, timed_calls=calls)
+            if on_round is not None:
+                on_round(index + 1)
+    except KeyboardInterrupt:
+        timings.interrupted = True
+        complete = min(map(len, timings.milliseconds.values()), default=0)
+        timings.milliseconds = {name: times[:complete] for name, times in timings.milliseconds.items()}
     return timings
+
+
+def check_not_interrupted(timings: Timings) -> None:
+    """KeyboardInterrupt where Ctrl-C ended the rounds: to be called once their rows are kept."""
+    if timings.interrupted:
+        raise KeyboardInterrupt
 
 
 def time_call(call: Call, device: torch.device, *, calls: int = 1) -> float:
@@ -96,6 +106,9 @@ def rows_of(
     for name in names:
         samples = timings.milliseconds.get(name, [])
         spread = spread_of(samples) if samples else {}
+        told = [(notes or {}).get(name)]
+        if timings.interrupted and name in timings.milliseconds:
+            told.append(f"interrupted after {len(samples)} rounds")
         rows.append(
             Row(
                 case=case,
@@ -106,7 +119,7 @@ def rows_of(
                 p90_ms=spread.get("p90"),
                 peak_bytes=(peaks or {}).get(name),
                 ratios=_ratios(name, timings.milliseconds) if samples else {},
-                note=(notes or {}).get(name),
+                note="; ".join(note for note in told if note) or None,
                 error=failed.get(name),
             )
         )
@@ -125,23 +138,40 @@ def _ratios(side: str, milliseconds: Mapping[str, Sequence[float]]) -> dict[str,
     return {base: spread_of((own / np.array(milliseconds[base])).tolist()) for base in bases}
 
 
-def _warm_up(
+def _attempt(
     name: str,
-    running: dict[str, Call],
+    call: Call,
     timings: Timings,
     *,
     before: Callable[[str], None] | None,
     device: torch.device,
+    timed_calls: int | None = None,
 ) -> None:
+    """A warm-up, or a timed window of so many calls; a side that finds no memory is out from here on."""
     try:
         if before is not None:
             before(name)
-        running[name]()
+        if timed_calls is not None:
+            timings.milliseconds[name].append(time_call(call, device, calls=timed_calls))
+            return
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError as error:
-        del running[name]
-        timings.errors[name] = f"out of memory: {str(error).splitlines()[0]}"
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        # Its rounds so far go too: those of the others would have no partners to form ratios with.
+        del timings.milliseconds[name]
+        timings.errors[name] = f"out of memory: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the host it is a plain RuntimeError in torch.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _turned(names: list[str], by: int) -> list[str]:
+    return [*names[by % len(names) :], *names[: by % len(names)]] if names else []
 
 
 def _is_over(started: float, budget_s: float | None) -> bool:

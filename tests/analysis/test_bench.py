@@ -6,10 +6,17 @@ import pandas as pd
 import pytest
 
 from analysis.bench import bench_bars, bench_columns, load_benches, main
+from analysis.load import rows_of
 from snell_scale.bench_records import BenchRecord, Row, write_bench
 
 
-def write(folder: Path, *rows: Row, command: str = "bench merge", hardware: str = "a CPU, 2 threads") -> Path:
+def write(
+    folder: Path,
+    *rows: Row,
+    command: str = "bench merge",
+    hardware: str = "a CPU, 2 threads",
+    interrupted: bool = False,
+) -> Path:
     record = BenchRecord(
         command=command,
         name=folder.name,
@@ -22,6 +29,7 @@ def write(folder: Path, *rows: Row, command: str = "bench merge", hardware: str 
         environment={},
         memory_source="an allocator",
         rows=rows,
+        interrupted=interrupted,
     )
     return write_bench(folder, record)
 
@@ -98,6 +106,24 @@ def test_damaged_records_are_named_and_skipped(records: Path, capsys: pytest.Cap
 def test_no_record_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds no readable benchmark record" in capsys.readouterr().err
+
+
+def test_notes_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a",
+        Row("c", "snell", 3, 1.0, 1.0, 1.0, note="products by oneDNN"),
+        Row("c", "lora", 3, 1.0, 1.0, 1.0),
+    )
+    table = load_benches([tmp_path])
+    (column,) = [column for column in bench_columns(table) if column.heading == "Note"]
+    assert [column.text(row) for row in rows_of(table)] == ["products by oneDNN", ""]
+
+
+def test_an_interrupted_record_is_read_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", Row("c", "snell", 2, 1.0, 1.0, 1.0), interrupted=True)
+    write(tmp_path / "b", Row("c", "snell", 3, 1.0, 1.0, 1.0))
+    assert path.is_file()
+    assert load_benches([tmp_path])["interrupted"].tolist() == [True, False]
 
 
 def test_without_times_there_is_no_figure(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from snell_scale import cli
-from snell_scale.bench import gpu, step
+from snell_scale.bench import gpu, step_gate
 from snell_scale.bench_records import read_bench
+from snell_scale.kernels.merge import cpu_products
 
 LAYER = (
     "bench",
@@ -63,7 +64,7 @@ def test_merge_writes_what_it_prints(
     assert record.environment["packages"]["torch"] == torch.__version__
     assert record.hardware.endswith("1 threads")
     assert record.seconds is not None
-    assert "gates: 10 of 10 green" in out
+    assert "gates: 20 of 20 green" in out
     assert f"Record: {output}/bench.json" in out
     assert "16→12 r=4: checking against the reference" in out
 
@@ -99,6 +100,11 @@ def test_step_takes_several_ranks(
         (("step", "--rank", "0"), "expected an even number"),
         (("gpu", "--items", "steps,kernel"), "did you mean 'kernels'"),
         (("gpu", "--device", "cpu"), "add --small"),
+        (("gpu", "--items", ","), "--items is empty; valid: kernels, steps, unets, layers"),
+        (("gpu", "--implementation", "torch"), "but steps and unets run whole models"),
+        (("gpu", "--items", "layers,unets", "--implementation", "torch"), "give --items kernels,layers"),
+        (("merge", "--sides", "snell-mkl", "--dtype", "bfloat16"), "libraries on CPU in float32"),
+        (("step", "--sides", "snell-mkl", "--device", "cuda"), "libraries on CPU in float32"),
     ],
 )
 def test_refusals(
@@ -131,6 +137,39 @@ def test_a_red_gate_leaves_no_record(
     assert not (tmp_path / "red").exists()
 
 
+def test_triton_that_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for command in (LAYER[1:], (*SMALL[1:], "--items", "layers")):
+        code, out, err = call(monkeypatch, capsys, "bench", *command, "--implementation", "triton")
+        assert code == 2
+        assert "--implementation is 'triton'" in err
+        assert out == ""
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_the_rows_say_which_library_multiplies(
+    has_onednn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_products, "_prefers_onednn", lambda: has_onednn)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    step = ("bench", "step", "--model", "test_vit", "--batch-size", "2", "--repeats", "3")
+    for command in ((*LAYER[:2], "--shape", "24x40", *LAYER[6:]), step):
+        code, out, _ = call(monkeypatch, capsys, *command, "--output", str(tmp_path))
+        assert code == 0
+        rows = {row.side: row for row in read_bench(tmp_path).rows}
+        assert ("snell-mkl" in rows) == has_onednn
+        library = "oneDNN" if has_onednn else "MKL"
+        assert (rows["snell"].note or "").endswith(f"products by {library}")
+        assert f"products by {library}" in " ".join(out.split())
+        assert all("products by" in (row.note or "") for side, row in rows.items() if side.startswith("snell"))
+        assert not any("products by" in (rows[side].note or "") for side in ("lora", "full", "naive"))
+        if has_onednn:
+            assert (rows["snell-mkl"].note or "").endswith("products by MKL")
+            assert rows["snell-mkl"].rounds == rows["snell"].rounds
+
+
 def test_the_gpu_set_at_small_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +194,7 @@ def test_a_failed_item_is_a_row_and_the_rest_goes_on(
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(gpu, "kernel_rows", without_memory)
-    monkeypatch.setattr(step, "_GRADIENT_LIMIT", -1.0)
+    monkeypatch.setitem(step_gate._GRADIENT_LIMITS, torch.float32, -1.0)
     code, out, err = call(
         monkeypatch, capsys, *SMALL, "--items", "kernels,steps,layers", "--output", str(tmp_path)
     )
@@ -190,7 +229,8 @@ def test_triton_by_name_through_its_interpreter(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "profiler_start" not in done.stderr
     record = read_bench(tmp_path)
     assert all(gate.passed for gate in record.gates)
-    assert len(record.gates) == 10
+    assert len(record.gates) == 15
     assert all(row.median_ms for row in record.rows)

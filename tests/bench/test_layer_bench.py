@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from snell_scale.bench.layer_sides import (
     side_module,
     side_phases,
 )
-from snell_scale.bench.memory import Phases, part_bytes, peak_bytes
+from snell_scale.bench.memory import Phases, memory_source, part_bytes, peak_bytes
 from snell_scale.bench.merge import bench_merge
 from snell_scale.bench.merge_gate import gate_layer
 from snell_scale.bench.naive_snell import NaiveSnellLinear
 from snell_scale.bench.progress import BenchProgress
 from snell_scale.bench.report import RedGate
 from snell_scale.bench.settings import LAYER_SIDES, MergeSettings
+from snell_scale.kernels.merge import cpu_products
 from snell_scale.kernels.merge.reference import delta_weight_reference
 
 CPU = torch.device("cpu")
@@ -68,7 +70,7 @@ def test_naive_snell_is_the_reference_in_float64() -> None:
 def test_the_gate_is_green_for_every_implementation(dtype: torch.dtype) -> None:
     layer = small_layer(dtype=dtype)
     gates = gate_layer("c", layer, {side: partial(side_module, side) for side in ("naive", "snell")})
-    assert len(gates) == 10
+    assert len(gates) == 15
     assert all(gate.passed for gate in gates), gates
     reference = replace(layer, implementation="reference")
     assert all(gate.passed for gate in gate_layer("c", reference, {"snell": partial(side_module, "snell")}))
@@ -92,6 +94,44 @@ def test_a_wrong_op_is_not_timed(
     with pytest.raises(RedGate, match=f"nothing was timed.*snell: {message}"):
         bench_merge(replace(SETTINGS, sides=("lora", "snell-cold")), BenchProgress())
     assert "timing" not in capsys.readouterr().out
+
+
+def test_an_op_that_is_wrong_only_when_it_remembers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = layer_sides.merge_linear
+
+    def wrong_when_warm(
+        *args: Any, threshold_memory: torch.Tensor, sparsity: float, **options: Any
+    ) -> torch.Tensor:
+        is_warm = bool(threshold_memory.isfinite().any())
+        used = 0.8 if is_warm else sparsity
+        return right(*args, threshold_memory=threshold_memory, sparsity=used, **options)
+
+    monkeypatch.setattr(layer_sides, "merge_linear", wrong_when_warm)
+    with pytest.raises(RedGate, match="snell, warm: mask differs only at the threshold"):
+        bench_merge(replace(SETTINGS, sides=("snell",)), BenchProgress())
+
+
+def test_the_side_of_the_other_library_uses_it_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    right, used = cpu_products.product, []
+
+    def counted(*args: Any) -> torch.Tensor:
+        used.append(1)
+        return right(*args)
+
+    monkeypatch.setattr(cpu_products, "product", counted)
+    counts = []
+    for side in ("snell", "snell-mkl", "snell"):
+        side_phases(side, small_layer()).run()
+        counts.append(len(used))
+        used.clear()
+    assert counts == [2, 0, 2]
+
+
+def test_the_memory_source_says_what_is_not_counted() -> None:
+    assert "inside oneDNN (copies of weights that it reorders) and numpy is not counted" in memory_source(CPU)
+    assert "oneDNN" not in memory_source(torch.device("cuda"))
 
 
 def test_a_wrong_baseline_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from snell_scale.bench import timing
-from snell_scale.bench.timing import Timings, rows_of, time_call, time_sides
+from snell_scale.bench.timing import Timings, check_not_interrupted, rows_of, time_call, time_sides
 
 CPU = torch.device("cpu")
 
@@ -85,6 +85,46 @@ def test_a_side_without_memory_does_not_stop_the_others() -> None:
     snell, full = rows_of("case", timings)
     assert (snell.side, snell.rounds, snell.error) == ("snell", 3, None)
     assert (full.side, full.median_ms, full.error) == ("full", None, "out of memory: tried to allocate 9 GiB")
+
+
+def test_a_side_that_finds_no_memory_in_a_later_round_is_a_row_and_the_others_go_on() -> None:
+    ran: list[str] = []
+
+    def fails_later() -> None:
+        ran.append("full")
+        if len(ran) == 4:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory\nmore")
+
+    timings = time_sides({"full": fails_later, "lora": lambda: None, "snell": lambda: None}, CPU, rounds=4)
+    assert {name: len(times) for name, times in timings.milliseconds.items()} == {"lora": 4, "snell": 4}
+    rows = {row.side: row for row in rows_of("case", timings)}
+    assert (rows["full"].rounds, rows["full"].median_ms) == (0, None)
+    assert "out of memory: [enforce fail" in (rows["full"].error or "")
+    assert set(rows["snell"].ratios) == {"lora"}
+
+
+def test_another_error_is_not_out_of_memory() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such operator")
+
+    with pytest.raises(RuntimeError, match="no such operator"):
+        time_sides({"a": fails}, CPU, rounds=3)
+
+
+def test_ctrl_c_ends_the_rounds_and_keeps_the_complete_ones() -> None:
+    ran: list[str] = []
+
+    def interrupts() -> None:
+        ran.append("b")
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+
+    timings = time_sides({"a": lambda: None, "b": interrupts}, CPU, rounds=9, warmup_rounds=1)
+    assert timings.interrupted
+    assert {name: len(times) for name, times in timings.milliseconds.items()} == {"a": 1, "b": 1}
+    assert rows_of("case", timings, notes={"a": "n"})[0].note == "n; interrupted after 1 rounds"
+    with pytest.raises(KeyboardInterrupt):
+        check_not_interrupted(timings)
 
 
 def test_ratios_are_formed_round_by_round() -> None:

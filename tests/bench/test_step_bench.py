@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from snell_scale.bench.memory import part_bytes
 from snell_scale.bench.progress import BenchProgress
 from snell_scale.bench.report import RedGate
 from snell_scale.bench.settings import STEP_SIDES, StepSettings
-from snell_scale.bench.step import bench_step, gate_step
+from snell_scale.bench.step import bench_step
+from snell_scale.bench.step_gate import gate_step
 from snell_scale.bench.step_sides import Case, adapted_layers, side_module, side_phases
 from snell_scale.bench.unets import UNETS, make_unet, unet_workload
 from snell_scale.bench.workloads import timm_workload
+from snell_scale.tuners.snell import linear
 
 CPU = torch.device("cpu")
 MODEL = "test_vit"
@@ -43,7 +46,7 @@ def test_rows_are_complete() -> None:
     findings = bench_step(SETTINGS, BenchProgress())
     assert [row.side for row in findings.rows] == list(STEP_SIDES)
     assert all(gate.passed for gate in findings.gates)
-    assert len(findings.gates) == 3
+    assert len(findings.gates) == 2 * 3
     for row in findings.rows:
         assert row.case == "test_vit batch 2 r=4"
         assert (row.rounds, row.error) == (3, None)
@@ -89,6 +92,40 @@ def test_a_wrong_op_makes_the_gate_red(
     assert not all(gate.passed for gate in gate_step(case))
     with pytest.raises(RedGate, match="nothing was timed"):
         bench_step(replace(SETTINGS, sides=("lora", "snell")), BenchProgress())
+
+
+def test_layers_that_are_wrong_only_when_they_remember_make_the_gate_red(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = linear.merge_linear
+
+    def wrong_when_warm(
+        *args: Any, threshold_memory: torch.Tensor, sparsity: float, **options: Any
+    ) -> torch.Tensor:
+        is_warm = bool(threshold_memory.isfinite().any())
+        used = 0.8 if is_warm else sparsity
+        return right(*args, threshold_memory=threshold_memory, sparsity=used, **options)
+
+    monkeypatch.setattr(linear, "merge_linear", wrong_when_warm)
+    red = {gate.name for gate in gate_step(case) if not gate.passed}
+    assert "snell, warm: relative error of the factors' gradients" in red
+    assert all("warm" in name for name in red)
+
+
+def test_wrong_gradients_in_bfloat16_make_the_gate_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_gradient_through_the_gate(self: naive_snell.NaiveSnellLinear, K: torch.Tensor) -> torch.Tensor:
+        magnitude = K.abs()
+        threshold = magnitude.detach().flatten().sort().values[int(self.sparsity * (K.numel() - 1))]
+        return K * torch.where(magnitude > threshold, magnitude, 0)
+
+    workload = timm_workload(MODEL, CPU, batch_size=2, dtype=torch.bfloat16, seed=0)
+    monkeypatch.setattr(naive_snell.NaiveSnellLinear, "_sparsified", with_gradient_through_the_gate)
+    gates = gate_step(Case(workload, rank=4, sparsity=0.9, device=CPU))
+    assert {gate.name for gate in gates if not gate.passed} == {
+        f"snell{state}: relative error of the factors' gradients{within}"
+        for state in ("", ", warm")
+        for within in ("", " in bfloat16")
+    }
 
 
 def test_bfloat16_keeps_snells_factors_in_float32() -> None:

@@ -14,8 +14,8 @@ from .delta import Delta, Wanted
 from .pair_kernels import PAIR_KERNELS, PairKernel
 from .threshold import select_magnitude, threshold_rank
 
-# Half a MiB of float32: what is live of a tile stays in the caches. But no narrower than six cache lines where the
-# limit allows, for the tile of W0 is read row by row.
+# Half a MiB of float32: what is live of a tile stays in the caches. But no narrower than six cache lines where
+# the limit allows, for the tile of W0 is read row by row.
 _TILE_ENTRIES, _TILE_COLUMNS = 1 << 17, 96
 # The most buffers of a tile's size that are live at once (SNELLA's backward, two components).
 _TILE_BUFFERS = 12
