@@ -17,18 +17,7 @@ from safetensors.torch import load_file
 from snell_scale import cli, registry
 from snell_scale.compare import parse_grid, plan_study, run_study
 from snell_scale.records import read_result, read_steps
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `snell-scale ARGUMENTS` in this process."""
-    monkeypatch.setattr(sys, "argv", ["snell-scale", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
+from tests.command_line import call
 
 
 def test_run_then_merge(

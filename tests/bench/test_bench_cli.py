@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snell_scale import cli
 from snell_scale.bench import gpu, step_gate
 from snell_scale.bench_records import read_bench
 from snell_scale.kernels.merge import cpu_products
+from tests.command_line import call
 
 LAYER = (
     "bench",
@@ -29,18 +29,6 @@ LAYER = (
     "3",
 )
 SMALL = ("bench", "gpu", "--device", "cpu", "--small")
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `snell-scale ARGUMENTS` in this process."""
-    monkeypatch.setattr(sys, "argv", ["snell-scale", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
 
 
 def test_merge_writes_what_it_prints(

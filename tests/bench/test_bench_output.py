@@ -1,14 +1,13 @@
 """Where a benchmark's record goes, and what is left of one that was interrupted."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from snell_scale import cli
 from snell_scale.bench import merge
 from snell_scale.bench_records import read_bench
+from tests.command_line import call
 
 LAYER = (
     "bench",
@@ -24,18 +23,6 @@ LAYER = (
     "--repeats",
     "3",
 )
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `snell-scale ARGUMENTS` in this process."""
-    monkeypatch.setattr(sys, "argv", ["snell-scale", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_built(

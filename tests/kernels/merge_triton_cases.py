@@ -1,23 +1,20 @@
 """What the tests of the Triton implementation share: deltas in float32 with their truth in float64.
 
-The kernels run on the GPU where there is one, and through Triton's interpreter elsewhere. Triton reads
-TRITON_INTERPRET when it is first imported, and other packages import it too.
+The kernels run on the GPU where there is one, and through Triton's interpreter elsewhere, which tests/conftest.py
+asks for before anything imports triton.
 """
 
-import os
 import sys
 
 import torch
 from torch import Tensor
 
+from snell_scale.kernels.merge import triton_impl
+from snell_scale.kernels.merge.delta import KERNEL_PARAMETERS, Delta
+
+from .merge_cases import MergeCase, make_case
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from snell_scale.kernels.merge import triton_impl  # noqa: E402  the setting above must come first
-from snell_scale.kernels.merge.delta import KERNEL_PARAMETERS, Delta  # noqa: E402
-
-from .merge_cases import MergeCase, make_case  # noqa: E402
 
 # (groups, rows, columns, rank, components): one entry; one number per component; tiles cut off in both
 # directions, several tiles, a padded rank and, from 4097 entries, thresholds from a bracket.
@@ -26,7 +23,7 @@ SHAPES: tuple[Shape, ...] = ((1, 1, 1, 1, 1), (3, 7, 5, 2, 2), (2, 33, 65, 16, 4
 
 
 def require_interpreter_or_gpu() -> None:
-    """Fails with the reason where triton was imported before this module could ask for its interpreter."""
+    """Fails with the reason where triton was imported before its interpreter was asked for."""
     triton = sys.modules.get("triton")
     if DEVICE == "cpu" and triton is not None:
         from triton.runtime.interpreter import InterpretedFunction

@@ -1,6 +1,7 @@
 """The op's public functions: they check what they are given, follow autocast, and call the operators."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +54,15 @@ def merge_linear(
     Raises ValueError for shapes that do not fit, unknown names, missing parameters, sparsity out of range.
     Plain equivalent: `F.linear(x, weight + delta_weight_reference(A, B, ...), bias)`.
     """
-    call, sparsity = _checked(
-        A, B, x, (), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
-    )
+    settings = _Settings(sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes)
+    call, per_group = _checked(A, B, x, (), settings)
     if weight is not None:
         if weight.dim() != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out, in)")
         checks.check_weight(A, B, weight.shape, num_in=weight.shape[1])
     if x.dim() == 0 or x.shape[-1] != A.shape[-2]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {A.shape[-2]}), the in of A")
-    return _product(call, x, weight, bias, sparsity, threshold_memory)
+    return _product(call, x, weight, bias, per_group, threshold_memory)
 
 
 def merge_conv2d(
@@ -103,22 +103,11 @@ def merge_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     x_padded, sides = _resolve_padding(x, padding, window=shape[2:], dilation=dilation, stride=stride)
     geometry = (*shape[2:], *stride, *sides, *dilation)
-    call, sparsity = _checked(
-        A,
-        B,
-        x,
-        geometry,
-        sparsity,
-        kernel,
-        weighting,
-        scale,
-        kernel_params,
-        implementation,
-        transient_limit_bytes,
-    )
+    settings = _Settings(sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes)
+    call, per_group = _checked(A, B, x, geometry, settings)
     checks.check_weight(A, B, shape, num_in=shape[1] * shape[2] * shape[3])
     batched = x_padded if x.dim() == 4 else x_padded.unsqueeze(0)
-    y = _product(call, batched, weight, bias, sparsity, threshold_memory)
+    y = _product(call, batched, weight, bias, per_group, threshold_memory)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -138,39 +127,40 @@ def delta_weight(
 
     Not of the hot path: it looks at the factors, and raises ValueError if one is not finite.
     """
-    call, sparsity = _checked(
-        A, B, None, (0,), sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes
-    )
+    settings = _Settings(sparsity, kernel, weighting, scale, kernel_params, implementation, transient_limit_bytes)
+    call, per_group = _checked(A, B, None, (0,), settings)
     checks.check_finite(call.factors)
     no_input = torch.empty(0, A.shape[-2], dtype=factor_dtype(A), device=A.device)
-    return _merged(call, no_input, None, None, sparsity, None)
+    return _merged(call, no_input, None, None, per_group, None)
+
+
+class _Settings(NamedTuple):
+    """The keywords that the public functions share."""
+
+    sparsity: Sparsity
+    kernel: str
+    weighting: str
+    scale: float
+    kernel_params: Mapping[str, Tensor] | None
+    implementation: str
+    transient_limit_bytes: int
 
 
 def _checked(
-    A: Tensor,
-    B: Tensor,
-    x: Tensor | None,
-    geometry: tuple[int, ...],
-    sparsity: Sparsity,
-    kernel: str,
-    weighting: str,
-    scale: float,
-    kernel_params: Mapping[str, Tensor] | None,
-    implementation: str,
-    transient_limit_bytes: int,
+    A: Tensor, B: Tensor, x: Tensor | None, geometry: tuple[int, ...], settings: _Settings
 ) -> tuple[Call, Tensor | None]:
     """The call, its tensors with a dimension for the groups; the sparsity as a tensor (G,), None when dense."""
-    checks.check_names(kernel, weighting, implementation)
+    kernel, weighting = settings.kernel, settings.weighting
+    checks.check_names(kernel, weighting, settings.implementation)
     checks.check_factors(A, B)
-    checks.check_limit(transient_limit_bytes)
+    checks.check_limit(settings.transient_limit_bytes)
     A, B = (factor if factor.dim() == 4 else factor.unsqueeze(0) for factor in (A, B))
-    params = checks.named_params(kernel, kernel_params, num_groups=A.shape[0])
-    per_group = checks.sparsity_per_group(sparsity, num_groups=A.shape[0])
+    params = checks.named_params(kernel, settings.kernel_params, num_groups=A.shape[0])
+    per_group = checks.sparsity_per_group(settings.sparsity, num_groups=A.shape[0])
     alpha, gamma, beta = (params.get(name) for name in ("alpha", "gamma", "beta"))
-    chosen = choose_implementation(implementation, A, None if x is None else x.dtype)
-    call = Call(
-        A, B, alpha, gamma, beta, geometry, kernel, weighting, float(scale), chosen, transient_limit_bytes
-    )
+    chosen = choose_implementation(settings.implementation, A, None if x is None else x.dtype)
+    scale, limit = float(settings.scale), settings.transient_limit_bytes
+    call = Call(A, B, alpha, gamma, beta, geometry, kernel, weighting, scale, chosen, limit)
     return call, _on_device(per_group, A)
 
 

@@ -17,6 +17,8 @@ from . import cpu_products
 class Product(Protocol):
     """y = x · weight + bias, and its gradients; dy has y's shape."""
 
+    writes_grad_weight: bool  # into memory that it is given, rather than returning its own
+
     def prepared(self, tensor: Tensor) -> Tensor:
         """x or dy in a layout that no range of columns has to change again."""
         ...
@@ -41,7 +43,7 @@ class Product(Protocol):
         ...
 
     def grad_weight(self, dy: Tensor, x: Tensor, columns: slice, *, out: Tensor | None = None) -> Tensor:
-        """(out, len(columns)), in x.dtype; written into `out` where the product can."""
+        """(out, len(columns)), in x.dtype; in `out`, if it is given to a product that writes there."""
         ...
 
     def grad_bias(self, dy: Tensor) -> Tensor: ...
@@ -50,6 +52,8 @@ class Product(Protocol):
 @dataclass(frozen=True)
 class LinearProduct:
     """y (…, out) = x (…, in) weightᵀ + bias."""
+
+    writes_grad_weight = True
 
     def prepared(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous()
@@ -99,6 +103,7 @@ class Conv2dProduct:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    writes_grad_weight = False
 
     def prepared(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -151,6 +156,8 @@ class Conv2dProduct:
 @dataclass(frozen=True)
 class WeightItself:
     """y (out, in) = weight: what `delta_weight` differentiates. x is (0, in)."""
+
+    writes_grad_weight = False
 
     def prepared(self, tensor: Tensor) -> Tensor:
         return tensor

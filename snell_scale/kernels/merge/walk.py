@@ -101,11 +101,13 @@ class Walk:
             merge = self._merge(wanted)
             ranges = self._ranges(dy.dtype, num_buffers=wants_dx + wanted.anything, is_narrow=True)
             room = self._room(dy, ranges) if wants_dx else None
-            room_for_G = self._room(dy, ranges) if wanted.anything and whole_G is None else None
+            makes_G = wanted.anything and whole_G is None
+            room_for_G = self._room(dy, ranges) if makes_G and self._product.writes_grad_weight else None
             for columns in ranges:
                 G = None if whole_G is None or not wanted.anything else whole_G[:, columns]
-                if room_for_G is not None:
-                    G = self._grad_weight(dy, x, columns, out=self._part(room_for_G, columns))
+                if makes_G:
+                    out = None if room_for_G is None else self._part(room_for_G, columns)
+                    G = self._grad_weight(dy, x, columns, out=out)
                 merged = None if room is None else self._part(room, columns)
                 with ieee_float32_products():
                     merge.visit(columns, weight=weight, merged=merged, G=G)
