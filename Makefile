@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo studies test test-slow check format clean
+.PHONY: help setup demo studies test test-slow test-cluster check format clean
 
 help:
 	@echo "make demo       set up, then compare every method on the embedded digits and write runs/demo/report.html"
 	@echo "make test       set up, then run the tests (make test-slow: the long ones)"
+	@echo "make test-cluster  the launchers on a SLURM cluster of two nodes, made on this machine (installs SLURM; root)"
 	@echo "make check      formatting, lint, types, layers, tests"
 	@echo "make studies    the kernel, sparsity, initialisation, scale and memory studies, with their pictures"
 	@echo "make format     rewrite the sources as 'make check' wants them"
@@ -29,10 +30,27 @@ studies: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/studies.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not cluster"
+
+# A real SLURM cluster of two nodes, torchrun's and DeepSpeed's launchers, Kubeflow's schema: some minutes, as root.
+test-cluster: $(READY) build/kubeflow
+	@if ! PATH="$$PATH:/usr/sbin" command -v slurmctld munged slurmd sbatch >/dev/null; then \
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	        echo "SLURM is missing. As root, on Debian or Ubuntu, this installs it: apt-get install slurm-wlm munge" >&2; \
+	        exit 1; \
+	    fi; \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends slurm-wlm munge; \
+	fi
+	$(BIN)/python -m pytest -m cluster
+
+# The clients' models that the Kubernetes manifest is checked against; later ones of `kubernetes` are made otherwise.
+build/kubeflow:
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -q --target $@.partial \
+	    kubeflow-training==1.9.3 kubernetes==32.0.1
+	mv $@.partial $@
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cluster"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from snell_scale.config import Config
-from snell_scale.data.batches import steps_per_epoch
+from snell_scale.data.batches import samples_per_forward, steps_per_epoch
 from snell_scale.interfaces import DataBundle, ModelBundle, Task, Tuner
 from snell_scale.training import total_steps
 
@@ -21,9 +21,13 @@ class Assembly:
     trainable_parameters: int
 
 
-def assemble(config: Config) -> Assembly:
-    """Build data, model, task and tuner on the CPU; no device is touched."""
+def assemble(config: Config, *, world_size: int = 1) -> Assembly:
+    """Build data, model, task and tuner on the CPU; no device is touched.
+
+    ValueError for whatever does not fit, such as a batch that does not divide among `world_size` ranks.
+    """
     config.engine.check()
+    samples_per_forward(config.training.batch_size, config.training.gradient_accumulation, world_size)
     data = config.data.build(seed=config.data_seed)
     if config.training.batch_size > data.sizes["train"]:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""The command line: run, compare, bench, list, schema and merge. Parses, calls, prints."""
+"""The command line: run, compare, sweep, bench, list, schema and merge. Parses, calls, prints."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,9 +14,9 @@ from rich.table import Table
 from snell_scale import registry
 from snell_scale.bench.cli import app as bench_app
 from snell_scale.config import Config, json_schema, load_config, to_dict
-from snell_scale.records import Result
-
-EXIT_CODES = {"ok": 0, "failed": 1, "oom": 3, "diverged": 4, "interrupted": 130}
+from snell_scale.exit_codes import EXIT_CODES, OtherRankFailed, tell_launcher
+from snell_scale.results_table import console, print_results, say
+from snell_scale.sweep.command import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,8 +26,7 @@ app = typer.Typer(
     help="Fine-tune large vision models with little memory, and compare the ways to do it.",
 )
 app.add_typer(bench_app, name="bench")
-# Wide where nobody watches: a log must not lose the end of a name.
-_console = Console() if sys.stdout.isatty() else Console(width=160)
+app.command()(sweep)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config; `snell-scale schema` describes its keys.")]
 Overrides = Annotated[
@@ -40,14 +39,16 @@ def main() -> None:
     """Entry point: user errors become one message and exit code 2 instead of a traceback."""
     try:
         app(args=_spread_lists(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("stopped; the same command (for a single run with --resume auto) continues", file=sys.stderr)
-        sys.exit(EXIT_CODES["interrupted"])
     except (ValueError, OSError) as error:
         if os.environ.get("SNELL_SCALE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        who = f"rank {os.environ['RANK']} " if os.environ.get("RANK", "0") != "0" else ""
+        text = f"[bold red]{who}error:[/] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        sys.exit(tell_launcher(2))
+    except OtherRankFailed as error:
+        print(f"rank {os.environ['RANK']} {error}", file=sys.stderr)
+        sys.exit(EXIT_CODES["failed"])
 
 
 @app.command()
@@ -59,11 +60,13 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of this name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train; write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+    varied: Annotated[str, typer.Option(hidden=True, help="JSON for the record: what a sweep varied.")] = "{}",
 ) -> None:
     """Train one config and record the run.
 
+    Under torchrun or another launcher this is one rank of the run: set engine.name to ddp, fsdp2 or deepspeed.
     Exit code: 0 ok, 1 failed, 2 bad input or a full or unwritable disk, 3 out of memory, 4 diverged,
-    130 interrupted (resumable).
+    75 interrupted (resumable: SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint first).
     """
     if resume not in ("never", "auto"):
         raise ValueError(f"--resume is {resume!r}, expected auto or never")
@@ -74,12 +77,16 @@ def run(
     from snell_scale.run import run as run_config
 
     result = run_config(
-        resolved, resume="auto" if resume == "auto" else "never", overwrite=overwrite, quiet=quiet
+        resolved,
+        resume="auto" if resume == "auto" else "never",
+        overwrite=overwrite,
+        varied=json.loads(varied),
+        quiet=quiet,
     )
-    _print_results([result])
-    folder = Path(resolved.output_dir) / resolved.name
-    _say(f"Record: {folder}/result.json")
-    sys.exit(EXIT_CODES[result.status])
+    if os.environ.get("RANK", "0") == "0":
+        print_results([result])
+        say(f"Record: {Path(resolved.output_dir) / resolved.name}/result.json")
+    sys.exit(tell_launcher(EXIT_CODES[result.status]))
 
 
 @app.command()
@@ -105,15 +112,19 @@ def compare(
         config_class=registry.config_class,
     )
     if dry_run:
-        _say("\n".join(f"{p.config.output_dir}/{p.config.name}" for p in planned))
+        say("\n".join(f"{p.config.output_dir}/{p.config.name}" for p in planned))
         return
     from snell_scale.study_progress import StudyProgress
 
-    with StudyProgress(len(planned)) as progress:
-        results = run_study(planned, num_jobs=jobs, finished=progress.finished)
-    _print_results(results)
+    try:
+        with StudyProgress(len(planned)) as progress:
+            results = run_study(planned, num_jobs=jobs, finished=progress.finished)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(EXIT_CODES["interrupted"])
+    print_results(results)
     folder = (Path(planned[0].config.output_dir) / planned[0].config.name).parent
-    _say(f"Records: {folder}. Report: python -m analysis.report {folder} --output {folder}")
+    say(f"Records: {folder}. Report: python -m analysis.report {folder} --output {folder}")
     sys.exit(max(EXIT_CODES[result.status] for result in results))
 
 
@@ -129,7 +140,7 @@ def list_components(
     for name in registry.names(kinds[kind]):
         doc = registry.config_class(kinds[kind], name).__doc__ or ""
         table.add_row(name, " ".join(doc.split("\n\n")[0].split()))
-    _console.print(table)
+    console.print(table)
 
 
 @app.command()
@@ -161,7 +172,7 @@ def merge(
         raise ValueError(f"no config at {config_path}: name the base model's config with --base")
     config = load_config(config_path, config_class=registry.config_class)
     num_tensors, num_bytes = merge_adapter(config, adapter, output, overwrite=overwrite)
-    _say(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB")
+    say(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB")
 
 
 def _dry_run(config: Config) -> None:
@@ -172,7 +183,7 @@ def _dry_run(config: Config) -> None:
     from snell_scale.training import total_steps
 
     parts = assemble(config)
-    _say(yaml.safe_dump(to_dict(config), sort_keys=False))
+    say(yaml.safe_dump(to_dict(config), sort_keys=False))
     table = Table("what", "value", title="Dry run: nothing was trained or written")
     sizes = ", ".join(f"{split} {size}" for split, size in parts.data.sizes.items())
     share = 100 * parts.trainable_parameters / parts.total_parameters
@@ -180,37 +191,7 @@ def _dry_run(config: Config) -> None:
     table.add_row("optimizer steps", f"{total_steps(config, parts.data):,}")
     table.add_row("parameters of the base model", f"{parts.total_parameters:,}")
     table.add_row("trainable parameters", f"{parts.trainable_parameters:,} ({share:.2f} %)")
-    _console.print(table)
-
-
-def _print_results(results: list[Result]) -> None:
-    """One row per run."""
-    table = Table("run", "status", "validation", "test", "trainable", "peak MiB", "images/s")
-    for result in results:
-        metric = result.metric or ""
-        peak = (result.memory or {}).get("peak") or {}
-        speed = result.throughput.get("images_per_s")
-        table.add_row(
-            escape(result.name),
-            result.status,
-            *(_figure(result.metrics.get(split, {}).get(metric), ".2f") for split in ("validation", "test")),
-            _figure(result.trainable_parameters, ",d"),
-            _figure(peak.get("total_bytes", 0) / 2**20 or None, ".1f"),
-            _figure(speed, ",.0f"),
-        )
-    _console.print(table)
-    for result in results:
-        if result.message:
-            _say(f"{result.name}: {result.status}: {result.message}")
-
-
-def _say(text: str) -> None:
-    """User text as it is: no markup read in it, no line broken."""
-    _console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _figure(value: Any, style: str) -> str:
-    return "–" if value is None else format(value, style)
+    console.print(table)
 
 
 def _spread_lists(arguments: list[str]) -> list[str]:

@@ -89,6 +89,9 @@ class CheckpointConfig(StrictModel):
 
     every_steps: int | None = Field(default=None, gt=0, description="null: only when the run ends or is stopped.")
     keep_last: int = Field(default=2, gt=0)
+    asynchronous: bool = Field(
+        default=False, description="Write in the background, from copies on the host; training goes on."
+    )
 
 
 class LoggingConfig(StrictModel):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from snell_scale.data.batches import StepBatches, evaluation_batches, training_batches
-from snell_scale.engines.checkpoint import save_checkpoint
+from snell_scale.data.batches import StepBatches, evaluation_share, training_batches
+from snell_scale.instrument.communication import CommunicationCounter
 from snell_scale.instrument.divergence import Divergence
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.interfaces import Batch
 from snell_scale.optimization import learning_rate
-from snell_scale.training import Training, averaged, checkpoint_state, total_steps, trained_state
+from snell_scale.training import Training, averaged, kept_names, save, total_steps
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ def train(run: Training) -> Outcome:
     batches = _batches(run)
     run.progress.start(total, done=run.step)
     while run.step < total:
+        run.engine.ranks.beat(run.step)
         if run.stop_requested():
-            _checkpoint(run)
+            save(run)
             return Outcome(interrupted=True)
         step, epoch, is_epoch_start, microbatches = next(batches)
         started = time.perf_counter()
@@ -55,7 +56,7 @@ def train(run: Training) -> Outcome:
         saves = run.step == total or _is_multiple(run.step, run.config.checkpoint.every_steps)
         # Reading the watch is a host sync on a GPU: only where the step's figures are read anyway.
         if logs or evaluates or saves or run.engine.device.type == "cpu":
-            divergence = run.watch.read(run.engine.optimizer, run.model)
+            divergence = run.watch.read(run.engine.norm_names, run.model)
             if divergence is not None:
                 return Outcome(divergence=divergence)
         if logs:
@@ -63,7 +64,7 @@ def train(run: Training) -> Outcome:
         if evaluates:
             _evaluate_and_keep_best(run)
         if saves:
-            _checkpoint(run)
+            save(run)
     return Outcome()
 
 
@@ -73,45 +74,67 @@ def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
     run.model.eval()
     with averaged(run), torch.no_grad(), run.engine.autocast():
         sums: dict[str, Tensor] = {}
-        for batch in evaluation_batches(split, run.config.evaluation.batch_size):
+        for batch, counts in _share(run, split):
+            run.engine.ranks.beat(run.step)
             part = run.task.sums(run.model, run.engine.move(batch))
+            part = part if counts else {key: torch.zeros_like(value) for key, value in part.items()}
             sums = {key: sums[key] + value if key in sums else value for key, value in part.items()}
     run.model.train(was_training)
     return run.task.metrics(run.engine.sum(sums))
 
 
 def _batches(run: Training) -> Iterator[StepBatches]:
-    """The rest of the run's batches, from its next step on."""
-    training = run.config.training
+    """The rest of the run's batches, from its next step on: this rank's share of each."""
+    training, ranks = run.config.training, run.engine.ranks
     return training_batches(
         run.data.train,
         batch_size=training.batch_size,
         seed=run.config.seed,
         start_step=run.step,
         gradient_accumulation=training.gradient_accumulation,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
 
 
+def _share(run: Training, split: Dataset[Batch]) -> Iterator[tuple[Batch, bool]]:
+    ranks = run.engine.ranks
+    size = run.config.evaluation.batch_size
+    return evaluation_share(split, size, rank=ranks.rank, world_size=ranks.world_size)
+
+
 def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:
-    """Forward and backward over the microbatches, then one update. Returns (mean loss, group norms)."""
+    """Forward and backward over the microbatches, then one update. Returns (mean loss, gradient norms)."""
     probe = run.probe if measured else None
     losses = []
-    with probe or contextlib.nullcontext():
-        for batch in microbatches:
-            with _phase(probe, "forward"):
-                on_device = run.engine.move(batch)
-                with run.engine.autocast():
-                    loss = run.task(run.forward, on_device)["loss"] / len(microbatches)
-            with _phase(probe, "backward"):
-                run.engine.backward(loss)
+    with probe or contextlib.nullcontext(), _counting(run, measured=measured):
+        for number, batch in enumerate(microbatches, start=1):
+            with run.engine.microbatch(is_last=number == len(microbatches)):
+                with _phase(probe, "forward"):
+                    on_device = run.engine.move(batch)
+                    with run.engine.autocast():
+                        loss = run.task(run.forward, on_device)["loss"] / len(microbatches)
+                with _phase(probe, "backward"):
+                    run.engine.backward(loss)
             losses.append(loss.detach())
         with _phase(probe, "step"):
-            norms = run.engine.step(clip_grad_norm=run.config.training.clip_grad_norm)
+            norms = run.engine.step()
             run.tuner.end_step()
             run.engine.zero_grad()
             if run.averages is not None:
                 run.averages.update()
-    return torch.stack(losses).sum(), norms
+    return run.engine.mean(torch.stack(losses).sum()), norms
+
+
+@contextlib.contextmanager
+def _counting(run: Training, *, measured: bool) -> Iterator[None]:
+    """Count what the measured step's collectives carry, where there is more than one rank."""
+    if not measured or run.engine.ranks.world_size == 1:
+        yield
+        return
+    with CommunicationCounter() as counter:
+        yield
+    run.communication = counter.report()
 
 
 def _phase(probe: MemoryProbe | None, name: str) -> contextlib.AbstractContextManager[Any]:
@@ -137,7 +160,7 @@ def _evaluate_and_keep_best(run: Training) -> None:
         run.best_value, run.best_step = value, run.step
         with averaged(run):
             # On the host: a second copy of everything that trains would count against the device.
-            run.best_weights = {k: t.to("cpu", copy=True) for k, t in trained_state(run.model).items()}
+            run.best_weights = run.engine.gather(kept_names(run.model))
 
 
 def _log(
@@ -153,11 +176,6 @@ def _log(
     line |= {"grad_norm": torch.linalg.vector_norm(norms).item(), "seconds": seconds, **figures}
     run.writer.write(line)
     run.progress.logged(line)
-
-
-def _checkpoint(run: Training) -> None:
-    keep = run.config.checkpoint.keep_last
-    save_checkpoint(run.folder / "checkpoints", run.step, checkpoint_state(run), keep_last=keep)
 
 
 def _is_multiple(step: int, every: int | None) -> bool:

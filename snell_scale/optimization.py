@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,33 +49,29 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
 
 
 class AveragedWeights:
-    """Exponential moving average of the trainable parameters, swapped in for evaluation and saving."""
+    """Exponential moving average of the trainable parameters, swapped in for evaluation and saving.
+
+    Laid out as the parameters: where an engine shards these, each rank averages its shard.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = [p for _, p in trainable_parameters(module)]
-        self._averages = [p.detach().clone() for p in self._parameters]
+        self._parameters = dict(trainable_parameters(module))
+        self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - self.decay)
+        for name, parameter in self._parameters.items():
+            self._averages[name].lerp_(parameter, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the live weights; calling it again restores both."""
-        for parameter, average in zip(self._parameters, self._averages, strict=True):
+        for name, parameter in self._parameters.items():
             live = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(live)
+            parameter.copy_(self._averages[name])
+            self._averages[name].copy_(live)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """By parameter name, live: a checkpoint is read into these very tensors."""
         return self._averages
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for average, saved in zip(self._averages, state["averages"], strict=True):
-            average.copy_(saved)

@@ -29,6 +29,7 @@ class Result:
     memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"}}.
     throughput: {"images_per_s", "step_ms_median", …}, as instrument.throughput reports it.
     varied: the dotted keys in which this run differs from the others of its comparison.
+    communication: what one step's collectives carried, as instrument.communication reports it; None on one rank.
     protocol: "validation" (validation chooses, test reports once) or "best-test" (published, optimistic).
     """
 
@@ -56,6 +57,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     throughput: Mapping[str, float | None] = field(default_factory=dict)
     memory: Mapping[str, Any] | None = None
+    communication: Mapping[str, Any] | None = None
     divergence: Mapping[str, Any] | None = None
     resumed_from_steps: tuple[int, ...] = ()
     varied: Mapping[str, Any] = field(default_factory=dict)
@@ -160,6 +162,16 @@ class StepWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoWriter:
+    """In place of a StepWriter on the ranks that write nothing."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
 
 
 def _finite(value: Any) -> Any:

@@ -28,6 +28,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "engine": {
         "single": "snell_scale.engines.single:SingleConfig",
+        "ddp": "snell_scale.engines.ddp:DdpConfig",
+        "deepspeed": "snell_scale.engines.deepspeed_engine:DeepSpeedConfig",
+        "fsdp2": "snell_scale.engines.fsdp2:Fsdp2Config",
     },
 }
 

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from snell_scale.assembly import Assembly, assemble
 from snell_scale.config import Config, to_dict
-from snell_scale.data.batches import evaluation_batches
-from snell_scale.engines.checkpoint import load_newest_checkpoint
+from snell_scale.data.batches import evaluation_batches, evaluation_share, samples_per_forward
+from snell_scale.engines.checkpoint import Checkpoints
+from snell_scale.exit_codes import OtherRankFailed
 from snell_scale.instrument.environment import collect_environment
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import Engine, Tuner
+from snell_scale.interfaces import Engine, Failure, Ranks, StepPlan, Tuner
 from snell_scale.loop import evaluate, train
 from snell_scale.models.activation_checkpointing import checkpoint_activations
 from snell_scale.optimization import AveragedWeights, make_optimizer
 from snell_scale.progress import Progress, make_progress
-from snell_scale.records import Result, Status, StepWriter, write_json, write_result, write_yaml
+from snell_scale.records import NoWriter, Result, Status, StepWriter, write_json, write_result, write_yaml
 from snell_scale.run_folder import find_finished, locked, prepare_folder
-from snell_scale.signals import StopFlag, stop_on_signal
-from snell_scale.training import Training, load_trained_state, restore, total_steps
+from snell_scale.signals import StopFlag, StopVote, stop_on_signal
+from snell_scale.training import Training, rank_seed, restore, total_steps
 
 Resume = Literal["never", "auto"]
 
@@ -41,35 +42,69 @@ def run(
     varied: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Run `config` in its folder and return the result that was also written there.
+    """Run `config` in its folder and return the result that was also written there, on every rank.
 
     Out of memory, divergence and interruption are results. Any other exception is recorded as "failed" and
     raised again. resume="auto": continue from the newest complete checkpoint, or return the result that stands.
     """
-    folder = Path(config.output_dir) / config.name
-    standing = find_finished(folder, config, resume=resume, overwrite=overwrite)
-    if standing is not None:
-        return standing
-    attempt = Attempt(blank_result(config, varied or {}))
-    with stop_on_signal() as stop_requested, _determinism(config):
+    with config.engine.join() as ranks, stop_on_signal() as stop_flag, _determinism(config):
+        folder = Path(config.output_dir) / config.name
+        standing = ranks.first(lambda: find_finished(folder, config, resume=resume, overwrite=overwrite))
+        if standing is not None:
+            return standing
+        attempt = Attempt(blank_result(config, varied or {}, world_size=ranks.world_size))
         try:
             # A mistake in the config ends here: no folder is made, no device touched.
-            parts = assemble(config)
-            with locked(folder):
-                prepare_folder(folder, overwrite=overwrite)
+            parts = assemble(config, world_size=ranks.world_size)
+            with _own_folder(folder, ranks, overwrite=overwrite):
                 attempt.owns_folder = True
-                result = _run(parts, folder, attempt, stop_requested, quiet=quiet)
-                write_result(folder, result)
+                ranks.before_end = partial(_record_ended, folder, attempt)
+                result = _run(parts, folder, attempt, ranks, stop_flag, quiet=quiet)
+                ranks.first(lambda: write_result(folder, result))
                 return result
         except BaseException as error:
-            status = _status_of(error)
-            if status != "oom" and not attempt.owns_folder:
-                raise
-            result = replace(attempt.so_far(), status=status, message=f"{type(error).__name__}: {error}")
-            _write_despite_trouble(folder, result)
-            if status != "oom":
-                raise
-            return result
+            ranks.tell_failure(_status_of(error), _describe(error))
+            result = _failed(attempt, error, ranks)
+            if ranks.is_first and (attempt.owns_folder or result.status == "oom"):
+                _write_despite_trouble(folder, result)
+            if result.status == "oom":
+                return result
+            echo = _echo(error, ranks)
+            if echo is not None:
+                raise echo from error
+            raise
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[None]:
+    """The run's folder, made ready and kept from other runs by rank 0."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(locked(folder))
+            prepare_folder(folder, overwrite=overwrite)
+
+        ranks.first(take)
+        yield
+
+
+def _failed(attempt: "Attempt", error: BaseException, ranks: Ranks) -> Result:
+    """The record of a run that ended with an exception here, or on another rank before."""
+    failure = ranks.failure()
+    if failure is None:
+        return replace(attempt.so_far(), status=_status_of(error), message=_describe(error))
+    where = f"rank {failure.rank}: " if ranks.world_size > 1 else ""
+    return replace(attempt.so_far(), status=failure.status, message=where + failure.message)
+
+
+def _record_ended(folder: Path, attempt: "Attempt", failure: Failure) -> None:
+    """The record of a process that is being ended, from another thread: it asks no device for anything."""
+    if (folder / "result.json").exists():
+        return
+    steps = attempt.training.step if attempt.training is not None else 0
+    message = f"rank {failure.rank}: {failure.message}"
+    result = replace(attempt.result, status=failure.status, message=message, steps=steps)
+    _write_despite_trouble(folder, result)
 
 
 class Attempt:
@@ -95,69 +130,117 @@ class Attempt:
             seconds={"train": history.seconds, "total": total},
             throughput=history.throughput,
             memory=history.memory,
+            communication=history.communication,
         )
 
 
-def _run(parts: Assembly, folder: Path, attempt: Attempt, stop_requested: StopFlag, *, quiet: bool) -> Result:
+def _run(
+    parts: Assembly, folder: Path, attempt: Attempt, ranks: Ranks, stop_flag: StopFlag, *, quiet: bool
+) -> Result:
     """Train and report; exceptions are the caller's."""
     config = parts.config
-    torch.manual_seed(config.seed)
-    engine: Engine = config.engine.build()
-    write_yaml(folder / "config.yaml", to_dict(config))
-    write_json(folder / "environment.json", collect_environment(engine.device))
+    torch.manual_seed(rank_seed(config.seed, ranks))
+    engine: Engine = config.engine.build(ranks)
+    ranks.first(lambda: _write_circumstances(folder, config, engine))
     attempt.result = replace(
         attempt.result,
+        engine=engine.describe(),
         metric=parts.task.metric,
         total_steps=total_steps(config, parts.data),
         trainable_parameters=parts.trainable_parameters,
         total_parameters=parts.total_parameters,
     )
-    with contextlib.closing(make_progress(config.name, quiet=quiet)) as progress:
-        training = _set_up(parts, engine, folder, progress, stop_requested)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(
+            contextlib.closing(make_progress(config.name, quiet=quiet or not ranks.is_first))
+        )
+        vote = StopVote(stop_flag, ranks)
+        training = _set_up(parts, engine, folder, progress, vote)
         attempt.training = training
-        with contextlib.closing(training.writer):
-            return _train_and_report(training, attempt)
+        stack.enter_context(contextlib.closing(training.writer))
+        result = _train_and_report(training, attempt)
+        # Only now: after a failure the other ranks do not vote any more.
+        vote.close()
+        training.checkpoints.close()
+        return result
 
 
-def _set_up(
-    parts: Assembly, engine: Engine, folder: Path, progress: Progress, stop_requested: StopFlag
-) -> Training:
-    """Selection, checkpointing, compilation, placement, optimizer; then the state of an earlier attempt."""
-    config, tuner = parts.config, parts.tuner
-    state = load_newest_checkpoint(folder / "checkpoints")
-    if tuner.needs_selection and state is None:  # a resumed run restores what was selected
-        tuner.module.to(engine.device)
-        tuner.select(_training_losses(parts, engine))
-    if config.training.activation_checkpointing:
-        checkpoint_activations(parts.bundle.module, parts.bundle.wrap_points)
-    module = engine.setup(tuner.module, lambda m: make_optimizer(m, config.training, no_decay=tuner.no_decay))
+def _write_circumstances(folder: Path, config: Config, engine: Engine) -> None:
+    write_yaml(folder / "config.yaml", to_dict(config))
+    write_json(folder / "environment.json", collect_environment(engine.device))
+
+
+def _set_up(parts: Assembly, engine: Engine, folder: Path, progress: Progress, vote: StopVote) -> Training:
+    """Selection, checkpointing, placement and sharding, optimizer; then the state of an earlier attempt."""
+    config, tuner, ranks = parts.config, parts.tuner, engine.ranks
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        ranks,
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    checkpoint = checkpoints.newest()
+    if checkpoint is not None:
+        engine.check_checkpoint(checkpoint.layout)
+    module, forward = _distribute(parts, engine, selects=tuner.needs_selection and checkpoint is None)
     averages = AveragedWeights(module, config.training.ema_decay) if config.training.ema_decay else None
+    keep_until = checkpoint.step if checkpoint else 0
     training = Training(
         config=config,
         engine=engine,
         tuner=tuner,
         model=module,
-        forward=cast(nn.Module, torch.compile(module)) if config.training.compile else module,
+        forward=cast(nn.Module, torch.compile(forward)) if config.training.compile else forward,
         task=parts.task,
         data=parts.data,
         folder=folder,
-        writer=StepWriter(folder, keep_until_step=state["step"] if state else 0),
+        writer=StepWriter(folder, keep_until_step=keep_until) if ranks.is_first else NoWriter(),
+        checkpoints=checkpoints,
         timer=StepTimer(engine.device, config.logging.warmup_steps),
         probe=MemoryProbe(module, partial(_optimizer_tensors, engine, tuner, averages)),
         progress=progress,
-        stop_requested=stop_requested,
+        stop_requested=vote,
         averages=averages,
     )
     module.train()
-    if state is not None:
-        restore(training, state)
+    if checkpoint is not None:
+        restore(training, checkpoint)
     return training
+
+
+def _distribute(parts: Assembly, engine: Engine, *, selects: bool) -> tuple[nn.Module, nn.Module]:
+    """(module, what a step calls): selected, checkpointed, sharded, with an optimizer."""
+    config, tuner = parts.config, parts.tuner
+    if selects:  # a resumed run restores what was selected
+        tuner.module.to(engine.device)
+        tuner.select(_training_losses(parts, engine), engine.sum_in_place)
+    blocks = [parts.bundle.module.get_submodule(name) for name in parts.bundle.wrap_points]
+    if config.training.activation_checkpointing:
+        checkpoint_activations(parts.bundle.module, parts.bundle.wrap_points)
+    plan = StepPlan(
+        microbatch_size=_samples_per_forward(config, engine.ranks),
+        gradient_accumulation=config.training.gradient_accumulation,
+        clip_grad_norm=config.training.clip_grad_norm,
+    )
+    forward = engine.setup(
+        tuner.module,
+        lambda module: make_optimizer(module, config.training, no_decay=tuner.no_decay),
+        blocks=blocks,
+        plan=plan,
+    )
+    tuner.bind(engine)
+    return tuner.module, forward
+
+
+def _samples_per_forward(config: Config, ranks: Ranks) -> int:
+    training = config.training
+    return samples_per_forward(training.batch_size, training.gradient_accumulation, ranks.world_size)
 
 
 def _optimizer_tensors(engine: Engine, tuner: Tuner, averages: AveragedWeights | None) -> list[Tensor]:
     """Everything that outlives a step beside parameters and gradients."""
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
-    own = [*tuner.tensors(), *(averages.tensors() if averages else ())]
+    own = [*tuner.tensors(), *(averages.tensors().values() if averages else ())]
     return [value for value in state if isinstance(value, Tensor)] + own
 
 
@@ -171,18 +254,27 @@ def _train_and_report(training: Training, attempt: Attempt) -> Result:
         message = "stopped by a signal; --resume auto continues"
         return replace(attempt.so_far(), status="interrupted", message=message)
     _measure_evaluation(training)
-    result = attempt.so_far()
+    result = replace(attempt.so_far(), memory=_memory_of_ranks(training))
     clock = time.perf_counter()
     metrics = _final_metrics(training)
-    adapter_bytes = save_adapter(training.tuner, training.folder / "adapter")
+    adapter_bytes = save_adapter(training.engine, training.tuner, training.folder / "adapter")
     evaluation = time.perf_counter() - clock
     seconds = {**result.seconds, "evaluate": evaluation, "total": result.seconds["total"] + evaluation}
     return replace(result, status="ok", metrics=metrics, adapter_bytes=adapter_bytes, seconds=seconds)
 
 
+def _memory_of_ranks(training: Training) -> dict[str, Any] | None:
+    """The memory of the rank with the largest peak, and the peaks of all."""
+    reports = training.engine.ranks.gather(training.measured().memory)
+    if len(reports) == 1 or None in reports:
+        return reports[0]
+    peaks = [report["peak"]["total_bytes"] for report in reports]
+    return {**reports[peaks.index(max(peaks))], "peak_bytes_of_ranks": peaks}
+
+
 def _final_metrics(training: Training) -> dict[str, dict[str, float]]:
     """Metrics of the best weights, which stay loaded: validation again, and test for the first time."""
-    load_trained_state(training.model, training.best_weights)
+    training.engine.scatter(training.best_weights)
     training.averages = None  # the best weights are averages already, where averages were asked for
     return {
         "validation": evaluate(training, training.data.validation),
@@ -190,23 +282,29 @@ def _final_metrics(training: Training) -> dict[str, dict[str, float]]:
     }
 
 
-def save_adapter(tuner: Tuner, folder: Path) -> int:
-    """Write the adapter so that `folder` appears whole or not at all; returns its bytes."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    num_bytes = tuner.save(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return num_bytes
+def save_adapter(engine: Engine, tuner: Tuner, folder: Path) -> int:
+    """Write the adapter so that `folder` appears whole or not at all; returns its bytes, on every rank."""
+    tensors = engine.gather(tuner.saved_names())
+
+    def write() -> int:
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        num_bytes = tuner.save(aside, tensors)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        return num_bytes
+
+    return engine.ranks.first(write)
 
 
 def _training_losses(parts: Assembly, engine: Engine) -> Iterator[Tensor]:
-    """The loss of every training batch once, in a fixed order, for methods that select by gradient."""
-    config = parts.config
-    microbatch_size = config.training.batch_size // config.training.gradient_accumulation
-    for batch in evaluation_batches(parts.data.train, microbatch_size):
-        with engine.autocast():
-            yield parts.task(parts.tuner.module, engine.move(batch))["loss"]
+    """The loss of every training batch once over all ranks, in a fixed order, to select by gradient."""
+    ranks = engine.ranks
+    size = parts.config.training.batch_size // parts.config.training.gradient_accumulation
+    for batch, counts in evaluation_share(parts.data.train, size, rank=ranks.rank, world_size=ranks.world_size):
+        if counts:
+            with engine.autocast():
+                yield parts.task(parts.tuner.module, engine.move(batch))["loss"]
 
 
 def _measure_evaluation(training: Training) -> None:
@@ -215,12 +313,15 @@ def _measure_evaluation(training: Training) -> None:
         return
     batch = next(iter(evaluation_batches(training.data.validation, training.config.evaluation.batch_size)))
     training.model.eval()
+    # Of the ranks each takes the same batch: where weights are sharded, a forward takes all ranks.
     with training.probe, training.probe.phase("evaluate"), torch.no_grad(), training.engine.autocast():
         training.task.sums(training.model, training.engine.move(batch))
     training.model.train()
 
 
-def blank_result(config: Config, varied: Mapping[str, Any], *, message: str | None = None) -> Result:
+def blank_result(
+    config: Config, varied: Mapping[str, Any], *, message: str | None = None, world_size: int = 1
+) -> Result:
     """What is known of a run before it starts; its status is "failed" until something better is known."""
     return Result(
         name=config.name,
@@ -232,7 +333,7 @@ def blank_result(config: Config, varied: Mapping[str, Any], *, message: str | No
         engine=config.engine.name,
         precision=config.engine.precision,
         seed=config.seed,
-        world_size=1,
+        world_size=world_size,
         batch_size=config.training.batch_size,
         protocol=config.evaluation.protocol,
         message=message,
@@ -246,6 +347,28 @@ def _status_of(error: BaseException) -> Status:
     if on_host or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "oom"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _echo(error: BaseException, ranks: Ranks) -> OtherRankFailed | None:
+    """What to raise in place of a collective's error that only says that another rank has failed."""
+    failure = ranks.failure()
+    if not isinstance(error, RuntimeError):
+        return None
+    if failure is not None and failure.rank != ranks.rank:
+        return OtherRankFailed(f"ended because rank {failure.rank} failed: {failure.message}")
+    return OtherRankFailed(f"ended because {_describe(error)}") if _tells_of_a_lost_rank(error) else None
+
+
+def _describe(error: BaseException) -> str:
+    """For the others and the record."""
+    what = f"{type(error).__name__}: {error}"
+    return f"the process of another rank is gone (killed?): {what}" if _tells_of_a_lost_rank(error) else what
+
+
+def _tells_of_a_lost_rank(error: BaseException) -> bool:
+    """gloo and NCCL say it in words of their own only."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _write_despite_trouble(folder: Path, result: Result) -> None:

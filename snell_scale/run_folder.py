@@ -16,8 +16,9 @@ from snell_scale.records import Result, read_result
 _OURS = ("config.yaml", "environment.json", "steps.jsonl", "result.json", "adapter", "checkpoints")
 # Results that stand: doing the same again ends the same way. What was interrupted or failed continues.
 _FINAL = ("ok", "diverged", "oom")
-# What may differ between a run and its continuation: it changes what is written, not what is computed.
-_FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name")
+# What may differ between a run and its continuation: what is written, or where it is computed.
+_FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name", "engine")
+_BOUND_KEYS = ("engine.precision", "engine.frozen_dtype")
 
 
 def find_finished(
@@ -88,7 +89,8 @@ def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} to start over") from None
     if not isinstance(recorded, Mapping):
         raise ValueError(f"{path} is damaged (it holds no mapping); delete {folder} to start over")
-    return [key for key in _compare(recorded, wanted, "") if key.split(".")[0] not in _FREE_KEYS]
+    differing = _compare(recorded, wanted, "")
+    return [key for key in differing if key in _BOUND_KEYS or key.split(".")[0] not in _FREE_KEYS]
 
 
 def _compare(recorded: Any, wanted: Any, prefix: str) -> list[str]:

@@ -1,8 +1,9 @@
-"""The state of one training run: what it consists of, and what of it goes into a checkpoint and back."""
+"""The state of one training run: what it consists of, and how it goes into a checkpoint and back."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ from torch import Tensor, nn
 
 from snell_scale.config import Config
 from snell_scale.data.batches import steps_per_epoch
+from snell_scale.engines.checkpoint import Checkpoint, Checkpoints
 from snell_scale.instrument.divergence import DivergenceWatch
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import DataBundle, Engine, Task, Tuner
+from snell_scale.interfaces import DataBundle, Engine, Ranks, Task, Tuner
 from snell_scale.optimization import AveragedWeights, trainable_parameters
 from snell_scale.progress import Progress
-from snell_scale.records import StepWriter
+from snell_scale.records import NoWriter, StepWriter
+from snell_scale.signals import StopVote
 
 
 @dataclass
 class Training:
-    """Everything that one training run consists of while it runs.
+    """Everything that one training run consists of while it runs, on this rank.
 
+    best_weights: whole, on the host of rank 0; empty on the others.
     forward is what a training step calls: `model` itself or its compiled form, sharing its parameters.
     """
 
@@ -36,11 +40,12 @@ class Training:
     task: Task
     data: DataBundle
     folder: Path
-    writer: StepWriter
+    writer: StepWriter | NoWriter
+    checkpoints: Checkpoints
     timer: StepTimer
     probe: MemoryProbe
     progress: Progress
-    stop_requested: Callable[[], bool]
+    stop_requested: StopVote
     averages: AveragedWeights | None = None
     watch: DivergenceWatch = field(default_factory=DivergenceWatch)
     history: "History" = field(default_factory=lambda: History())
@@ -48,6 +53,7 @@ class Training:
     best_value: float | None = None
     best_step: int | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    communication: dict[str, Any] | None = None
     _started: float = field(default_factory=time.perf_counter)
 
     def measured(self) -> "History":
@@ -58,6 +64,7 @@ class Training:
             resumed_from=self.history.resumed_from,
             memory=report if "step" in report["phases"] else self.history.memory,
             throughput=throughput if throughput["num_timed_steps"] else self.history.throughput,
+            communication=self.communication or self.history.communication,
         )
 
 
@@ -69,6 +76,7 @@ class History:
     resumed_from: tuple[int, ...] = ()
     memory: dict[str, Any] | None = None
     throughput: dict[str, Any] = field(default_factory=dict)
+    communication: dict[str, Any] | None = None
 
 
 def total_steps(config: Config, data: DataBundle) -> int:
@@ -79,53 +87,57 @@ def total_steps(config: Config, data: DataBundle) -> int:
     return max(1, round(config.training.epochs * steps_per_epoch(data.train, config.training.batch_size)))
 
 
-def checkpoint_state(run: Training) -> dict[str, Any]:
-    """All that a resumed run needs to continue as if it had not stopped: tensors and plain values only."""
+def save(run: Training) -> None:
+    """A checkpoint with all that a resumed run needs to continue as if it had not stopped."""
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if run.engine.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(run.engine.device)
-    return {
-        "step": run.step,
-        "weights": trained_state(run.model),
+    common = {
         "engine": run.engine.state_dict(),
         "tuner": run.tuner.state_dict(),
-        "averages": run.averages.state_dict() if run.averages else None,
         "best": {"value": run.best_value, "step": run.best_step, "weights": run.best_weights},
-        "rng": rng,
         "history": asdict(run.measured()),
     }
+    write = run.engine.writer(_laid_out_as_parameters(run), staged=run.config.checkpoint.asynchronous)
+    run.checkpoints.save(run.step, write, layout=run.engine.layout(), common=common, own={"rng": rng})
 
 
-def restore(run: Training, state: Mapping[str, Any]) -> None:
-    """The inverse of `checkpoint_state`."""
-    load_trained_state(run.model, state["weights"])
-    run.engine.load_state_dict(state["engine"])
-    run.tuner.load_state_dict(state["tuner"])
-    if run.averages is not None:
-        run.averages.load_state_dict(state["averages"])
-    best = state["best"]
-    run.step, run.best_value, run.best_step = state["step"], best["value"], best["step"]
-    run.best_weights = dict(best["weights"])
-    history = state["history"]
+def restore(run: Training, checkpoint: Checkpoint) -> None:
+    """Continue from what `save` wrote, on as many ranks or on another number of them."""
+    run.engine.load(checkpoint.folder, _laid_out_as_parameters(run))
+    common = checkpoint.common
+    run.engine.load_state_dict(common["engine"])
+    run.tuner.load_state_dict(common["tuner"])
+    best = common["best"]
+    run.step, run.best_value, run.best_step = checkpoint.step, best["value"], best["step"]
+    run.best_weights = dict(best["weights"]) if run.engine.ranks.is_first else {}
+    history = common["history"]
     resumed_from = (*history["resumed_from"], run.step)
     run.history = History(**(history | {"resumed_from": resumed_from}))
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"], run.engine.device)
+    if checkpoint.own is None:  # another number of ranks: their streams of random numbers have no continuation
+        if run.engine.ranks.is_first:
+            print("another number of ranks than before: dropout masks are drawn anew", file=sys.stderr)
+        torch.manual_seed(rank_seed(run.config.seed, run.engine.ranks) + run.step)
+        return
+    torch.set_rng_state(checkpoint.own["rng"]["cpu"])
+    if "cuda" in checkpoint.own["rng"]:
+        torch.cuda.set_rng_state(checkpoint.own["rng"]["cuda"], run.engine.device)
 
 
-@torch.no_grad()
-def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy saved trainable parameters and buffers into `module`, in place."""
-    live = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, tensor in state.items():
-        live[name].copy_(tensor)
+def rank_seed(seed: int, ranks: Ranks) -> int:
+    """Each rank draws dropout masks of its own; rank 0 draws those of a run on one rank."""
+    return (seed + 1_000_003 * ranks.rank) % 2**63
 
 
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and all buffers by name; they share memory with the module."""
-    trained = {name: p.detach() for name, p in trainable_parameters(module)}
-    return trained | {name: b.detach() for name, b in module.named_buffers()}
+def kept_names(module: nn.Module) -> list[str]:
+    """What makes up a trained state: trainable parameters and all buffers."""
+    return [name for name, _ in trainable_parameters(module)] + [name for name, _ in module.named_buffers()]
+
+
+def _laid_out_as_parameters(run: Training) -> dict[str, Tensor]:
+    averages = run.averages.tensors() if run.averages is not None else {}
+    state = {f"average.{name}": tensor for name, tensor in averages.items()}
+    return state | {f"tuner.{name}": tensor for name, tensor in run.tuner.sharded_state().items()}
 
 
 @contextlib.contextmanager

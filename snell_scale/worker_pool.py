@@ -37,7 +37,7 @@ class WorkerPool(Generic[T, R]):
         KeyboardInterrupt, raised here by either signal, comes after every worker has ended.
         """
         waiting = dict(enumerate(items))
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             for index, outcome in self._run(waiting, self._num_workers):
                 if isinstance(outcome, BrokenProcessPool):
                     continue
@@ -82,7 +82,7 @@ def _stop(pool: ProcessPoolExecutor) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt in the main thread, as SIGINT does."""
     if threading.current_thread() is not threading.main_thread():
         yield

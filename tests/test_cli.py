@@ -187,7 +187,7 @@ def test_a_stopped_study_saves_and_continues(tiny_file: Path, number: int) -> No
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == 75
     assert [read_result(study / f"seed{seed}").status for seed in (0, 1)] == ["interrupted", "interrupted"]
     assert not (study / "seed2").exists()
     deadline = time.monotonic() + 10  # multiprocessing's resource tracker ends a moment after its parent

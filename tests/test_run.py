@@ -39,12 +39,12 @@ class Killed(BaseException):
 def kill_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     original, count = SingleEngine.step, 0
 
-    def counted(self: SingleEngine, *, clip_grad_norm: float | None) -> Tensor:
+    def counted(self: SingleEngine) -> Tensor:
         nonlocal count
         count += 1
         if count == step:
             raise Killed
-        return original(self, clip_grad_norm=clip_grad_norm)
+        return original(self)
 
     monkeypatch.setattr(SingleEngine, "step", counted)
 
@@ -121,12 +121,12 @@ def test_a_signal_saves_and_the_run_continues_later(
     run(tiny("name=whole"), quiet=True)
     original, count = SingleEngine.step, 0
 
-    def signalled(self: SingleEngine, *, clip_grad_norm: float | None) -> Tensor:
+    def signalled(self: SingleEngine) -> Tensor:
         nonlocal count
         count += 1
         if count == 3:
             os.kill(os.getpid(), number)
-        return original(self, clip_grad_norm=clip_grad_norm)
+        return original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(SingleEngine, "step", signalled)
@@ -197,7 +197,7 @@ def test_memory_savers_do_not_change_the_mathematics(tiny: MakeConfig, option: s
 def test_a_failure_before_the_first_step_is_recorded_too(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: SingleEngine, *arguments: object) -> None:
+    def broken(self: SingleEngine, *arguments: object, **options: object) -> None:
         raise KeyError("a bug in setup")
 
     monkeypatch.setattr(SingleEngine, "setup", broken)

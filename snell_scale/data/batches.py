@@ -19,7 +19,7 @@ class BatchedDataset(Protocol):
 
 
 class StepBatches(NamedTuple):
-    """The microbatches of one optimizer step. Step and epoch count from 0."""
+    """This rank's microbatches of one optimizer step. Step and epoch count from 0."""
 
     step: int
     epoch: int
@@ -34,28 +34,38 @@ def training_batches(
     seed: int,
     start_step: int,
     gradient_accumulation: int,
+    rank: int = 0,
+    world_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[StepBatches]:
     """Optimizer steps from `start_step` on, forever; a step's samples do not depend on where one starts.
 
     Every epoch is a new permutation; the samples that fill no whole batch are left out of it. `batch_size`
-    samples make a step, in `gradient_accumulation` equal microbatches.
-    ValueError: fewer samples than a batch, or a batch that does not divide into the microbatches.
+    samples make a step, in `gradient_accumulation` equal microbatches, of each of which rank `rank` gets its
+    equal share: the samples of a step do not depend on the number of ranks.
+    ValueError: fewer samples than a batch, or a batch that does not divide.
     """
-    if gradient_accumulation < 1 or batch_size % gradient_accumulation:
-        raise ValueError(
-            f"batch_size={batch_size} does not divide into gradient_accumulation={gradient_accumulation} equal "
-            "microbatches; change one of them"
-        )
+    share = samples_per_forward(batch_size, gradient_accumulation, world_size)
     per_epoch = steps_per_epoch(dataset, batch_size)
-    microbatch_size = batch_size // gradient_accumulation
     steps = _step_indices(num_samples(dataset), batch_size=batch_size, seed=seed, start_step=start_step)
     keys = (
-        [(int(index), epoch) for index in indices[first : first + microbatch_size]]
+        [(int(index), epoch) for index in indices[first : first + share]]
         for _, epoch, indices in steps
-        for first in range(0, batch_size, microbatch_size)
+        for first in range(rank * share, batch_size, world_size * share)
     )
     return _steps(_load(dataset, keys, num_workers), start_step, per_epoch, gradient_accumulation)
+
+
+def samples_per_forward(batch_size: int, gradient_accumulation: int, world_size: int) -> int:
+    """Samples of one microbatch on one rank. ValueError where the batch does not divide into equal ones."""
+    parts = gradient_accumulation * world_size
+    if parts < 1 or batch_size % parts:
+        ranks = f" x {world_size} ranks" if world_size > 1 else ""
+        raise ValueError(
+            f"batch_size={batch_size} does not divide into gradient_accumulation={gradient_accumulation}{ranks} "
+            "equal microbatches; change one of them"
+        )
+    return batch_size // parts
 
 
 def evaluation_batches(dataset: Dataset[Batch], batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
@@ -68,6 +78,21 @@ def evaluation_batches(dataset: Dataset[Batch], batch_size: int, *, num_workers:
         for first in range(0, total, batch_size)
     )
     return _load(dataset, keys, num_workers)
+
+
+def evaluation_share(
+    dataset: Dataset[Batch], batch_size: int, *, rank: int, world_size: int
+) -> Iterator[tuple[Batch, bool]]:
+    """This rank's part of `evaluation_batches`, every `world_size`-th; with each, whether it counts.
+
+    All ranks get as many batches, for where weights are sharded a forward takes all of them: who has none left
+    gets the first batch again, which does not count.
+    """
+    num_batches = -(-num_samples(dataset) // batch_size)
+    own = islice(evaluation_batches(dataset, batch_size), rank, None, world_size)
+    yield from ((batch, True) for batch in own)
+    if num_batches % world_size and rank >= num_batches % world_size:
+        yield next(evaluation_batches(dataset, batch_size)), False
 
 
 def steps_per_epoch(dataset: Dataset[Batch], batch_size: int) -> int:

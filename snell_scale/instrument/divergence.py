@@ -1,10 +1,10 @@
 """Notices a loss or gradient that is not finite, on the device, and says where it began."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 _MOST_NAMES = 5
 
@@ -49,20 +49,24 @@ class DivergenceWatch:
         self._loss = torch.where(first_time, loss, self._loss)
         self._norms = torch.where(first_time, group_norms, self._norms)
 
-    def read(self, optimizer: Optimizer, module: nn.Module) -> Divergence | None:
-        """What was noticed so far, or None. Reads the device: a host sync on a GPU."""
+    def read(self, norm_names: Sequence[str], module: nn.Module) -> Divergence | None:
+        """What was noticed so far, or None. Reads the device: a host sync on a GPU.
+
+        Of parameters that are sharded this rank names those whose own part is not finite.
+        """
         if self._first_step is None or self._loss is None or self._norms is None or self._first_step.item() < 0:
             return None
         finite = torch.isfinite(self._norms).tolist()
-        names = [str(group["group_name"]) for group in optimizer.param_groups]
         broken = [name for name, p in module.named_parameters() if p.requires_grad and not _all_finite(p)]
         return Divergence(
             step=int(self._first_step.item()),
             loss=self._loss.item(),
-            groups=tuple(name for name, ok in zip(names, finite, strict=True) if not ok),
+            groups=tuple(name for name, ok in zip(norm_names, finite, strict=True) if not ok),
             parameters=tuple(broken[:_MOST_NAMES]),
         )
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.detach()).all())
+    tensor = tensor.detach()
+    own = getattr(tensor, "to_local", lambda: tensor)()  # of a sharded one (DTensor)
+    return bool(torch.isfinite(own).all())

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from snell_scale.instrument import nvml
-from snell_scale.instrument.storages import StorageLedger, StorageWatch, storages_of
+from snell_scale.instrument.storages import StorageLedger, storages_of, watched_storages
 from snell_scale.records import MEMORY_CATEGORIES
 
 OptimizerState = Optimizer | Callable[[], Iterable[Tensor]]
@@ -32,7 +32,7 @@ class MemoryProbe:
     leaves no hook behind.
 
     Categories of a storage; the strongest that applies to it, in this order:
-    - parameters: the module's parameters and buffers
+    - parameters: the module's parameters and buffers; storages resized in place: weights that FSDP2 gathers
     - optimizer: the optimizer's state, and parameters that only the optimizer has (master weights)
     - gradients: .grad of those parameters
     - activations: saved for backward outside of the phase "backward"; of the batch, what backward needs
@@ -69,7 +69,7 @@ class MemoryProbe:
         self._optimizer_tensors = _optimizer_tensors(optimizer)
         self._extra = _extra_storages(extra or {}, self.device)
         self._ledger = StorageLedger(self.device)
-        self._watch: StorageWatch | None = None
+        self._watch: AbstractContextManager[None] | None = None
         self._open_phase: str | None = None
         self._see_standing()
         self._phases = {"load": self._entry(self._ledger.live, peak=False)}
@@ -79,7 +79,7 @@ class MemoryProbe:
         if self._watch is not None:
             raise ValueError("this MemoryProbe is already active: leave its with-block before entering it again")
         self._see_standing()
-        self._watch = StorageWatch(self._ledger)
+        self._watch = watched_storages(self._ledger)
         self._watch.__enter__()
         return self
 

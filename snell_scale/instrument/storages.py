@@ -2,9 +2,11 @@
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -107,14 +109,31 @@ class StorageLedger:
         self.live[entry.category] -= entry.num_bytes
 
 
-class StorageWatch(TorchDispatchMode):
+@contextmanager
+def watched_storages(ledger: StorageLedger) -> Iterator[None]:
+    """Meanwhile, enters every storage on the ledger's device that an operator touches, or that is resized.
+
+    Resizing a storage is no operator, but it is how FSDP2 frees and allocates whole weights: those count as
+    parameters, which they are, and not as the activations that autograd saves them as.
+    """
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_see(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+        resize(storage, num_bytes)
+        if storage.device == ledger.device:
+            ledger.see_storage(storage, "parameters")
+        return storage
+
+    with patch.object(torch.UntypedStorage, "resize_", resize_and_see), _StorageWatch(ledger):
+        yield
+
+
+class _StorageWatch(TorchDispatchMode):
     """While active, enters every operator's inputs and outputs into the ledger.
 
     Inputs as well as outputs, so that tensors made elsewhere (the batch, results of compiled code) count
     from their first use. Ops inside compiled code are left to it: ordinary modes would make torch fall
-    back to eager, and measure another program. A storage resized without an operator
-    (UntypedStorage.resize_, with which FSDP frees unsharded weights) keeps its old size here until an
-    operator touches it.
+    back to eager, and measure another program.
     """
 
     def __init__(self, ledger: StorageLedger) -> None:

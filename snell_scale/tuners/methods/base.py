@@ -3,7 +3,7 @@
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_scale.config import StrictModel
-from snell_scale.interfaces import ModelBundle, Tuner
+from snell_scale.interfaces import Engine, ModelBundle, Tuner
+from snell_scale.tuners.methods.trained_file import trained_names
 
 
 class MethodConfig(StrictModel, ABC):
@@ -65,8 +66,11 @@ class ModuleTuner(ABC):
         """Entries that training can change."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
-    def select(self, losses: Iterator[Tensor]) -> None:
+    def select(self, losses: Iterator[Tensor], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
         raise AssertionError(f"{type(self).__name__} selects nothing")
+
+    def bind(self, engine: Engine) -> None:
+        return None
 
     def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
         self.hold_statistics()
@@ -78,13 +82,20 @@ class ModuleTuner(ABC):
     def tensors(self) -> list[Tensor]:
         return []
 
+    def saved_names(self) -> list[str]:
+        """What trains, and the buffers of the modules that own some of it."""
+        return trained_names(self.module)
+
     @abstractmethod
-    def save(self, folder: Path) -> int: ...
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> int: ...
 
     def hold_statistics(self) -> None:
         """Before every forward in training mode, for `module.train()` has reset it."""
         for norm in self._frozen_norms:
             norm.eval()
+
+    def sharded_state(self) -> dict[str, Tensor]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -12,7 +12,7 @@ Differences: the gradient is the task's own (the published runs take a supervise
 their code has this choice too), the mask is one byte per entry, and frozen tensors are not in the optimizer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from snell_scale.interfaces import ModelBundle
+from snell_scale.interfaces import Engine, ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, always_trained, train_only
-from snell_scale.tuners.methods.trained_file import trained_tensors, write_trained
+from snell_scale.tuners.methods.trained_file import write_trained
 
 _FROZEN_ENDINGS = ("pos_embed", "_token")
 _WHOLE = ("bias", "gamma")
@@ -49,38 +49,48 @@ class GpsTuner(ModuleTuner):
         # A masked gradient leaves Adam's update of an entry at exactly 0; weight decay would still move it.
         super().__init__(bundle.module, no_decay=bundle.no_decay | matrices.keys())
         self._config = config
-        self._matrices = matrices
+        self._shapes = {name: parameter.shape for name, parameter in matrices.items()}
+        self._engine: Engine | None = None
         self._chosen: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
 
     def num_trainable(self) -> int:
-        unmasked = super().num_trainable() - sum(p.numel() for p in self._matrices.values())
-        return unmasked + sum(len(p) * self._count(p) for p in self._matrices.values())
+        unmasked = super().num_trainable() - sum(shape.numel() for shape in self._shapes.values())
+        return unmasked + sum(shape[0] * self._count(shape) for shape in self._shapes.values())
 
-    def select(self, losses: Iterator[Tensor]) -> None:
+    def select(self, losses: Iterator[Tensor], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
         """Sum the gradients of `losses` and choose the largest in each row. ValueError if all are zero."""
         self.hold_statistics()
         for loss in losses:
             loss.backward()
-        gradients = {name: p.grad for name, p in self._matrices.items() if p.grad is not None}
-        if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-            raise ValueError(
-                "GPS found no gradient, or one that is not finite, to select by; check data and precision"
-            )
+        parameters = {name: self.module.get_parameter(name) for name in self._shapes}
+        # A rank may have had no loss, and some weights may not be used.
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+        sum_over_ranks(list(gradients.values()))
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            raise ValueError("GPS selects by gradient, and one is not finite; check data and precision")
         if not any(bool(gradient.any()) for gradient in gradients.values()):
             raise ValueError(
                 "GPS selects by gradient, and every gradient is zero: is the head all zeros? Use another head"
             )
-        self._use({name: self._largest(p) for name, p in self._matrices.items()})
+        self._chosen = {name: self._largest(gradient).cpu() for name, gradient in gradients.items()}
         for parameter in self.module.parameters():
             parameter.grad = None
+
+    def bind(self, engine: Engine) -> None:
+        """Mask every gradient from now on, as soon as it is complete, before it is reduced or clipped."""
+        self._engine = engine
+        for name in self._shapes:
+            parameter = self.module.get_parameter(name)
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._mask(p, name))
+        if self._chosen:  # a resumed run restores what was selected
+            self._place_masks(engine)
 
     def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
         assert self._masks, "select() comes before the first step"
         return super().begin_step(step, epoch, is_epoch_start)
 
-    def save(self, folder: Path) -> int:
-        tensors = trained_tensors(self.module)
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> int:
         settings = self._config.model_dump(mode="json")
         return write_trained(folder, self.module, tensors, method=settings, chosen=self._chosen)
 
@@ -91,38 +101,32 @@ class GpsTuner(ModuleTuner):
         return {"chosen": self._chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state.get("chosen", {})) != set(self._matrices):
+        if set(state.get("chosen", {})) != set(self._shapes):
             raise ValueError(
                 "the checkpoint's selection is of other weights than this model's; start the run anew"
             )
-        self._use(state["chosen"])
+        self._chosen = dict(state["chosen"])
+        if self._engine is not None:
+            self._place_masks(self._engine)
 
-    def _largest(self, parameter: nn.Parameter) -> Tensor:
+    def _largest(self, gradient: Tensor) -> Tensor:
         """Flat indices, ascending within a row, of the entries of each row with the largest |gradient|."""
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         rows = gradient.flatten(1).abs()
-        columns = rows.topk(self._count(parameter), dim=1).indices.sort(dim=1).values
+        columns = rows.topk(self._count(gradient.shape), dim=1).indices.sort(dim=1).values
         return (columns + torch.arange(len(rows), device=rows.device).unsqueeze(1) * rows.shape[1]).flatten()
 
-    def _count(self, parameter: nn.Parameter) -> int:
-        return min(self._config.per_neuron, parameter[0].numel())
+    def _count(self, shape: torch.Size) -> int:
+        return min(self._config.per_neuron, shape[1:].numel())
 
-    def _use(self, chosen: Mapping[str, Tensor]) -> None:
-        """Mask the gradients from now on, as soon as they are complete, before they are reduced or clipped."""
-        is_first = not self._masks
-        for name, parameter in self._matrices.items():
-            mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-            mask[chosen[name].to(mask.device)] = True
-            self._masks[name] = mask.view_as(parameter)
-            self._chosen[name] = chosen[name].detach().cpu()
-            if is_first:
-                parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._mask(p, name))
+    def _place_masks(self, engine: Engine) -> None:
+        for name, shape in self._shapes.items():
+            mask = torch.zeros(shape.numel(), dtype=torch.bool)
+            mask[self._chosen[name]] = True
+            self._masks[name] = engine.place(mask.view(shape), self.module.get_parameter(name))
 
     @torch.no_grad()
     def _mask(self, parameter: Tensor, name: str) -> None:
         assert parameter.grad is not None
-        if self._masks[name].device != parameter.device:
-            self._masks[name] = self._masks[name].to(parameter.device)
         parameter.grad.mul_(self._masks[name])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,10 +12,11 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from snell_scale.interfaces import ModelBundle
+from snell_scale.interfaces import Engine, ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, find_targets, matching_modules, seeded
 from snell_scale.tuners.snell import SnellConfig, SnellLayer
 from snell_scale.tuners.snella import SnellaConfig, SnellaModel
+from snell_scale.tuners.snella.competition import LastUpdate, own_gradient
 
 Kernel = Literal["distance", "mixk", "linear", "sigmoid", "rbf", "exponential"]
 TargetedPeftConfig = LoraConfig | ShiraConfig | SnellConfig
@@ -205,17 +207,24 @@ class PeftTuner(ModuleTuner):
             module.get_parameter(name).requires_grad_(True)
         super().__init__(module, no_decay=frozenset(_PREFIX + name for name in bundle.no_decay))
 
-    def save(self, folder: Path) -> int:
+    def saved_names(self) -> list[str]:
+        """What trains, and the adapter's buffers."""
+        trained = [name for name, p in self._peft.named_parameters() if p.requires_grad]
+        return trained + [
+            name for name in self._peft.state_dict() if name not in dict(self._peft.named_parameters())
+        ]
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> int:
         """adapter_config.json and adapter_model.safetensors, which `PeftModel.from_pretrained` reads.
 
         peft saves no single parameters of the base model; added to the file under their names in the PeftModel,
         it loads them with the rest.
         """
-        self._peft.save_pretrained(str(folder))
+        self._peft.save_pretrained(str(folder), state_dict=dict(tensors))
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card, a form to fill in
         weights = folder / "adapter_model.safetensors"
         if self._extra:
-            extra = {name: self._peft.get_parameter(name).detach().cpu().contiguous() for name in self._extra}
+            extra = {name: tensors[name].contiguous() for name in self._extra}
             save_file(load_file(weights) | extra, weights, metadata={"format": "pt"})
         return sum(path.stat().st_size for path in (weights, folder / "adapter_config.json"))
 
@@ -230,6 +239,8 @@ class SnellaTuner(PeftTuner):
         model = module.base_model
         assert isinstance(model, SnellaModel)
         self._model: SnellaModel = model
+        self._competition = model.competition()  # now, while every factor is whole
+        self._last_update: LastUpdate = own_gradient
         self._tick = tick
 
     def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
@@ -237,20 +248,23 @@ class SnellaTuner(PeftTuner):
         figures = super().begin_step(step, epoch, is_epoch_start)
         if self._tick == "epoch" and not is_epoch_start:
             return figures
-        allocated = self._model.allocate(epoch if self._tick == "epoch" else step)
+        allocated = self._competition.allocate(epoch if self._tick == "epoch" else step)
         return figures if allocated is None else figures | self._budget()
 
+    def bind(self, engine: Engine) -> None:
+        """Scores are taken from what the engine says of the last step, and kept laid out as the factors."""
+        self._last_update = engine.last_update
+        engine.keep_gradients([factor for pair in self._competition.factors().values() for factor in pair])
+        self._competition.start(engine.place)
+
     def end_step(self) -> None:
-        self._model.update_scores()
+        self._competition.update_scores(last_update=self._last_update)
 
     def tensors(self) -> list[Tensor]:
-        return list(self._model.allocator_state_dict().values())
+        return list(self._competition.state_dict().values())
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"allocator": self._model.allocator_state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._model.load_allocator_state_dict(state["allocator"])
+    def sharded_state(self) -> dict[str, Tensor]:
+        return self._competition.state_dict()
 
     def _budget(self) -> dict[str, float]:
         total, nonzero = 0, 0.0

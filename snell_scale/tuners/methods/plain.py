@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from snell_scale.interfaces import ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, always_trained, train_only
-from snell_scale.tuners.methods.trained_file import trained_tensors, write_trained
+from snell_scale.tuners.methods.trained_file import write_trained
 
 
 class ProbeConfig(MethodConfig):
@@ -54,7 +56,9 @@ class OwnParametersTuner(ModuleTuner):
         self._settings = settings
         self._saves_all = saves_all
 
-    def save(self, folder: Path) -> int:
+    def saved_names(self) -> list[str]:
+        return list(self.module.state_dict()) if self._saves_all else super().saved_names()
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> int:
         """`trained.safetensors`; after full fine-tuning it is a complete state dict, usable as model.weights."""
-        tensors = self.module.state_dict() if self._saves_all else trained_tensors(self.module)
         return write_trained(folder, self.module, tensors, method=self._settings)

@@ -21,16 +21,16 @@ METHOD_FILE = "method.json"
 _INDICES, _VALUES = "#indices", "#values"
 
 
-def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, and the buffers of the modules that own one (batch statistics)."""
+def trained_names(module: nn.Module) -> list[str]:
+    """Of the parameters that train, and of the buffers of the modules that own one (batch statistics)."""
     parameters = dict(module.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     owners = {_owner(name) for name in trained}
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
+    return [
+        name
+        for name in module.state_dict()
         if name in trained or (name not in parameters and _owner(name) in owners)
-    }
+    ]
 
 
 def write_trained(
@@ -41,7 +41,7 @@ def write_trained(
     method: Mapping[str, Any],
     chosen: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Write `tensors` of `module` to `folder`; of those in `chosen` only the entries at these flat indices.
+    """Write whole `tensors` of `module` to `folder`; of those in `chosen` only the entries at these indices.
 
     method: plain data for method.json, which also notes the module's size. Returns the bytes of the files.
     """

@@ -1,6 +1,7 @@
 """Connects the SNELLA layers of any module to the allocator: reads factors and gradients, writes sparsities."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,19 @@ from snell_scale.tuners.snell.layer import SnellLayer
 from snell_scale.tuners.snella.allocator import FactorStep, SparsityAllocator
 from snell_scale.tuners.snella.config import SnellaConfig
 
+LastUpdate: TypeAlias = Callable[[nn.Parameter], tuple[Tensor, Tensor | None]]
+
+
+def own_gradient(parameter: nn.Parameter) -> tuple[Tensor, Tensor | None]:
+    """(value, gradient) of a parameter that is whole in this process."""
+    return parameter, parameter.grad
+
 
 class SparsityCompetition:
     """The training side of one SNELLA adapter. SnellaModel has one; after `inject_adapter_in_model`, make one.
 
-    Scores are a pure function of factors and gradients: ranks that hold equal ones allocate equally.
+    Scores are a pure function of factors and gradients: ranks that hold equal ones allocate equally. Where these
+    are sharded, `last_update` gives (value, gradient of the last step) of a factor, both laid out alike.
     """
 
     def __init__(self, model: nn.Module, config: SnellaConfig, *, adapter_name: str = "default") -> None:
@@ -28,26 +37,45 @@ class SparsityCompetition:
             raise ValueError(
                 f"no SNELLA layer of an adapter {adapter_name!r} in this model: add the adapter first"
             )
+        # Without values, but with the whole shapes: an engine may shard the factors later.
+        self._whole = {
+            name: tuple(
+                torch.empty_like(factor, device="meta", dtype=torch.promote_types(factor.dtype, torch.float32))
+                for factor in factors
+            )
+            for name, factors in self.factors().items()
+        }
         matrices = {
             name: (layer.snell_plan[adapter_name].num_groups, layer.matrix_size(adapter_name))
             for name, layer in self._layers.items()
         }
         self._allocator = SparsityAllocator(matrices, config.schedule(), beta1=config.beta1, beta2=config.beta2)
 
-    def update_scores(self) -> None:
-        """Call after each optimizer.step() and before zero_grad: takes the new factors and the gradients used."""
+    def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The parameters that are scored: layer name → (A, B)."""
         name = self._adapter_name
-        self._allocator.update(
-            {
-                key: FactorStep(
-                    A=layer.snell_A[name],
-                    B=layer.snell_B[name],
-                    dA=layer.snell_A[name].grad,
-                    dB=layer.snell_B[name].grad,
-                )
-                for key, layer in self._layers.items()
-            }
-        )
+        return {key: (layer.snell_A[name], layer.snell_B[name]) for key, layer in self._layers.items()}
+
+    def update_scores(self, *, last_update: LastUpdate = own_gradient) -> None:
+        """Call after each optimizer.step() and before zero_grad: takes the new factors and the gradients used."""
+        steps = {}
+        for key, (A, B) in self.factors().items():
+            (value_A, dA), (value_B, dB) = last_update(A), last_update(B)
+            steps[key] = FactorStep(A=value_A, B=value_B, dA=dA, dB=dB)
+        self._allocator.update(steps)
+
+    def start(self, place: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+        """Make the moving averages (those there are stay) now rather than with the first step.
+
+        place: (whole tensor, factor of that shape) → what of it belongs where the factor is kept.
+        """
+        state = self._allocator.state_dict()
+        for key, factors in self.factors().items():
+            for factor, whole, parameter in zip("AB", self._whole[key], factors, strict=True):
+                for kind in ("importance", "uncertainty"):
+                    zeros = torch.zeros_like(whole, device="cpu")
+                    state.setdefault(f"{key}.{factor}.{kind}", place(zeros, parameter))
+        self._allocator.load_state_dict(state)
 
     def allocate(self, tick: int) -> dict[str, list[float]] | None:
         """Call at the start of every tick, from 0: sets each matrix's sparsity where the schedule says so.

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from snell_scale.tuners.methods.trained_file import load_trained
-from tests.tuners.methods.tiny_training import apply, train, vit
+from tests.tuners.methods.tiny_training import apply, save, train, vit
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def folder(tmp_path: Path) -> Path:
     bundle = vit()
     tuner = apply("gps", bundle)
     train(tuner, bundle, steps=1)
-    tuner.save(tmp_path)
+    save(tuner, tmp_path)
     return tmp_path
 
 
@@ -28,7 +28,7 @@ def test_full_fine_tuning_writes_weights_that_a_model_starts_from(tmp_path: Path
     bundle = vit()
     tuner = apply("full", bundle)
     train(tuner, bundle)
-    tuner.save(tmp_path)
+    save(tuner, tmp_path)
     saved = load_file(tmp_path / "trained.safetensors")
     assert saved.keys() == bundle.module.state_dict().keys()
 

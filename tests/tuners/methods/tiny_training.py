@@ -1,12 +1,16 @@
 """A tiny ViT, every registered method on it, and a few optimizer steps."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from snell_scale.config import TrainingConfig
-from snell_scale.interfaces import InputSpec, ModelBundle
+from snell_scale.engines.ranks import Ranks
+from snell_scale.engines.single import SingleConfig
+from snell_scale.interfaces import Engine, InputSpec, ModelBundle, StepPlan
 from snell_scale.models.timm_models import TimmConfig
 from snell_scale.optimization import make_optimizer
 from snell_scale.registry import config_class, names
@@ -56,19 +60,43 @@ def loss_of(tuner: Any, bundle: ModelBundle, seed: int = 0) -> Tensor:
 
 def train(tuner: Any, bundle: ModelBundle, *, steps: int = 3, first: int = 0) -> list[dict[str, float]]:
     """The loop's calls in the loop's order, with weight decay; returns the figures of every step."""
-    training = TrainingConfig(steps=steps, batch_size=6, lr=0.01, weight_decay=0.1)
     tuner.module.train()
     if tuner.needs_selection and first == 0:
-        tuner.select(loss_of(tuner, bundle, seed) for seed in range(2))
-    optimizer = make_optimizer(tuner.module, training, no_decay=tuner.no_decay)
+        select(tuner, (loss_of(tuner, bundle, seed) for seed in range(2)))
+    engine = set_up(tuner)
     figures = []
     for step in range(first, first + steps):
         figures.append(tuner.begin_step(step, step // 4, step % 4 == 0))
-        loss_of(tuner, bundle, step).backward()
-        optimizer.step()
+        engine.backward(loss_of(tuner, bundle, step))
+        engine.step()
         tuner.end_step()
-        optimizer.zero_grad()
+        engine.zero_grad()
     return figures
+
+
+def set_up(tuner: Any) -> Engine:
+    """On one CPU."""
+    training = TrainingConfig(steps=1, batch_size=6, lr=0.01, weight_decay=0.1)
+    engine = SingleConfig(device="cpu").build(Ranks())
+    engine.setup(
+        tuner.module,
+        lambda module: make_optimizer(module, training, no_decay=tuner.no_decay),
+        blocks=[],
+        plan=StepPlan(microbatch_size=6, gradient_accumulation=1, clip_grad_norm=None),
+    )
+    tuner.bind(engine)
+    return engine
+
+
+def select(tuner: Any, losses: Iterable[Tensor]) -> None:
+    """Selection on one rank: there is nothing to sum."""
+    tuner.select(iter(losses), lambda gradients: None)
+
+
+def save(tuner: Any, folder: Path) -> int:
+    """The adapter of a tuner whose tensors are all whole, as here."""
+    live = tuner.module.state_dict()
+    return tuner.save(folder, {name: live[name] for name in tuner.saved_names()})
 
 
 @torch.no_grad()

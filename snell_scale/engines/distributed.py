@@ -1,0 +1,81 @@
+"""Engines of several processes: how they join, and how they part."""
+
+import gc
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from snell_scale.engines.meeting import meet
+from snell_scale.engines.ranks import Ranks, launched_world_size
+from snell_scale.engines.torch_engine import EngineConfig
+from snell_scale.engines.watchdog import watched
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# How much longer than the watchdog a collective waits: the watchdog knows who hangs, and says so first.
+_PATIENCE_SECONDS = 30.0
+_MEETINGS = itertools.count()
+
+
+class DistributedConfig(EngineConfig):
+    """Settings of an engine that runs on as many processes as the launcher starts, or on one."""
+
+    @contextmanager
+    def join(self) -> Iterator[Ranks]:
+        """The processes of this run, while the block runs. No device is touched."""
+        uses_cuda = self.device != "cpu" and torch.cuda.is_available()
+        backend = _BACKENDS["cuda" if uses_cuda else "cpu"]
+        with _environment_of_one():
+            store, rank, world_size = meet(self.timeout_seconds)
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            ranks = Ranks(rank=rank, local_rank=local_rank, world_size=world_size, store=_copy(store))
+            with watched(ranks, timeout_seconds=self.timeout_seconds) as stop_talking:
+                timeout = timedelta(seconds=self.timeout_seconds + _PATIENCE_SECONDS)
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore("group", store),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timeout,
+                )
+                try:
+                    group = dist.new_group(backend="gloo", timeout=timeout)
+                    assert isinstance(group, dist.ProcessGroup)
+                    ranks.group = group
+                    yield ranks
+                    if ranks.failure() is None:
+                        stop_talking()
+                        ranks.barrier()
+                finally:
+                    # gloo's threads abort a process whose collectives' tensors outlive the group.
+                    gc.collect()
+                    dist.destroy_process_group()
+
+
+def _copy(store: Any) -> dist.Store:
+    """Another connection to it. torch's own stubs do not know `Store.clone` yet."""
+    return store.clone()
+
+
+@contextmanager
+def _environment_of_one() -> Iterator[None]:
+    """Without a launcher: the variables that make this process a group of one."""
+    if launched_world_size() > 1 or "RANK" in os.environ:
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
