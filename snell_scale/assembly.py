@@ -27,6 +27,7 @@ def assemble(config: Config, *, world_size: int = 1) -> Assembly:
     ValueError for whatever does not fit, such as a batch that does not divide among `world_size` ranks.
     """
     config.engine.check()
+    config.engine.check_run(config)
     samples_per_forward(config.training.batch_size, config.training.gradient_accumulation, world_size)
     data = config.data.build(seed=config.data_seed)
     if config.training.batch_size > data.sizes["train"]:

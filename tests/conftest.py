@@ -68,13 +68,3 @@ def tiny(tiny_file: Path) -> Callable[..., Config]:
         return load_config(tiny_file, overrides, config_class=registry.config_class)
 
     return make
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of faults, DeepSpeed's engine and sweeps start many processes: they belong to the cluster stage."""
-    for item in items:
-        if item.path.parent.name == "faults" or item.path.stem.startswith(_CLUSTER_STAGE):
-            item.add_marker(pytest.mark.cluster)
-
-
-_CLUSTER_STAGE = ("test_deepspeed", "test_meeting", "test_sweep")

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from snell_scale.config import Config
+from snell_scale.engines.batch_statistics import trained_statistics
 from snell_scale.engines.deepspeed_json import (
     Dictated,
     check_dictated,
@@ -60,6 +62,25 @@ class DeepSpeedConfig(DistributedConfig):
                 "engine.name is 'deepspeed', which is not installed: pip install snell-scale[deepspeed]"
             )
         self.read_json()
+
+    def check_run(self, config: Config) -> None:
+        refused = {
+            "training.ema_decay": (
+                config.training.ema_decay is not None and self.zero_stage == 3,
+                "ZeRO-3 keeps no whole parameters to average; set it to null, or zero_stage to 1 or 2",
+            ),
+            "training.compile": (
+                config.training.compile,
+                "DeepSpeed's hooks do not compile; set it to false, or engine.name to ddp or fsdp2",
+            ),
+            "checkpoint.asynchronous": (
+                config.checkpoint.asynchronous,
+                "DeepSpeed writes its checkpoints while training waits; set it to false",
+            ),
+        }
+        for key, (asked, reason) in refused.items():
+            if asked:
+                raise ValueError(f"{key} does not go with engine.name=deepspeed: {reason}")
 
     def read_json(self) -> dict[str, Any]:
         """The user's JSON with dotted keys, checked against this config; {} without one."""
@@ -139,6 +160,7 @@ class DeepSpeedEngine(TorchEngine):
         deepspeed = load_deepspeed(self.device)
         self._deepspeed = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._optimizer = self._deepspeed.optimizer
+        self._statistics = trained_statistics(module)
         self._autocast_inside(module)
         self._tell_loss_scale()
         return self._deepspeed
@@ -164,6 +186,7 @@ class DeepSpeedEngine(TorchEngine):
         if self._loss_scale is not None:
             self._loss_scale.update(overflow=bool(self._deepspeed.optimizer.overflow))
             self._tell_loss_scale()
+        self._average_statistics()
         return norm.reshape(1)
 
     def zero_grad(self) -> None:
@@ -222,10 +245,7 @@ class DeepSpeedEngine(TorchEngine):
             )
 
     def writer(self, extra: Mapping[str, Tensor], *, staged: bool) -> ShardWriter:
-        if staged:
-            raise ValueError(
-                "DeepSpeed writes its checkpoints while training waits; set checkpoint.asynchronous=false"
-            )
+        assert not staged, "check_run refuses checkpoint.asynchronous"
         return state_writer(self._deepspeed, extra)
 
     def load(self, folder: Path, extra: Mapping[str, Tensor]) -> None:

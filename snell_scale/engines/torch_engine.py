@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snell_scale.config import StrictModel
+from snell_scale.config import Config, StrictModel
+from snell_scale.engines.batch_statistics import average_over_ranks, trained_statistics
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.shards import read_shards, shard_writer
 from snell_scale.interfaces import Batch, ShardWriter, StepPlan
@@ -22,12 +23,13 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class EngineConfig(StrictModel):
     """What every engine lets one choose, so that changing `engine.name` alone changes the engine."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one."
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Autocast; fp16 scales the loss."
     )
     frozen_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="What frozen weights are kept in.")
-
     cpu_threads: int | None = Field(
         default=None, gt=0, description="torch's CPU threads; null: as torch chooses. Small models like 1."
     )
@@ -52,6 +54,10 @@ class EngineConfig(StrictModel):
                 f"engine.device is {self.device!r}, but this machine shows {count} CUDA device(s); "
                 "use engine.device=auto or cpu"
             )
+
+    def check_run(self, config: Config) -> None:
+        """ValueError where the rest of the config asks for what this engine cannot do."""
+        return None
 
     def device_of(self, ranks: Ranks) -> torch.device:
         """Where this rank computes: of several GPUs the one of its number on this machine."""
@@ -82,6 +88,7 @@ class TorchEngine:
         self._clip_grad_norm: float | None = None
         self._module: nn.Module | None = None
         self._optimizer: Optimizer | None = None
+        self._statistics: list[Tensor] = []
 
     @property
     def module(self) -> nn.Module:
@@ -114,6 +121,7 @@ class TorchEngine:
         self._cast_frozen(module)
         forward = self._distribute(module, blocks)
         self._optimizer = make_optimizer(module)
+        self._statistics = trained_statistics(module)
         return forward
 
     def _cast_frozen(self, module: nn.Module) -> None:
@@ -154,6 +162,7 @@ class TorchEngine:
                     gradient.mul_(factor)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        self._average_statistics()
         return norms
 
     def zero_grad(self) -> None:
@@ -259,6 +268,11 @@ class TorchEngine:
                 moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
                 step = torch.zeros((), dtype=torch.float32, device=self.device if group["fused"] else "cpu")
                 self.optimizer.state[parameter] = {"step": step, **moments}
+
+    def _average_statistics(self) -> None:
+        """So that between two steps every rank holds the same model."""
+        if self.ranks.group is not None:
+            average_over_ranks(self._statistics)
 
     def _local(self, tensor: Tensor) -> Tensor:
         """This rank's part of a gradient."""

@@ -66,7 +66,8 @@ class _Watchdog:
         self.over = threading.Event()
         self._ranks = ranks
         self._timeout_seconds = timeout_seconds
-        self._interval = min(_INTERVAL_SECONDS, timeout_seconds / 4)
+        # Reports are read from the second interval of quiet on, and three without news are silence.
+        self._interval = min(_INTERVAL_SECONDS, timeout_seconds / 8)
         self._thread = threading.get_ident()
         self._failure: Failure | None = None
         self._quiet_seconds = 0.0

@@ -22,6 +22,7 @@ from tests.engines.fsdp2_cases import (
     optimizer_step,
     set_up,
     train,
+    train_batch_norm,
 )
 
 WORLD_SIZE = 2
@@ -44,6 +45,7 @@ SECOND_RUN: Key = ("second run", 3, "")
 QUICK: set[Key] = {
     *(("train", stage, name) for stage in (2, 3) for name in TRAINED[:4]),
     *((what, stage, "") for what, stage in (("masked", 2), ("masked", 3), ("updates", 3), ("evaluated", 3))),
+    ("batch norm", 2, ""),
     ("resumed", 3, ""), ("released", 3, "snell checkpointed"), ("prefetched", 3, ""), SECOND_RUN,
 }  # fmt: skip
 
@@ -72,6 +74,7 @@ def jobs() -> dict[Key, Callable[[Ranks, Path], Any]]:
         "evaluated": train_and_evaluate,
         "updates": last_updates,
         "moved": _move,
+        "batch norm": train_batch_norm,
     }
     return {
         **{("train", stage, name): partial(_train, stage, name) for stage in STAGES for name in TRAINED},

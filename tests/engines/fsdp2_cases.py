@@ -130,6 +130,18 @@ def optimizer_step(engine: Engine, forward: nn.Module, case: Case, step: int) ->
     return engine.mean(torch.stack(losses).sum()), engine.step()
 
 
+def train_batch_norm(engine: Engine) -> dict[str, Tensor]:
+    """The running statistics of a batch norm that trains, after a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, _NUM_CLASSES))
+    plan = StepPlan(
+        microbatch_size=BATCH_SIZE // engine.ranks.world_size, gradient_accumulation=1, clip_grad_norm=None
+    )
+    forward = engine.setup(model, make_optimizer, blocks=[model[0]], plan=plan)
+    optimizer_step(engine, forward, Case("full"), 0)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
 def make_batch(step: int) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
     image = torch.randn(BATCH_SIZE, 1, 8, 8, generator=generator)
@@ -146,13 +158,12 @@ def mask_gradients(engine: Engine, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith("fc1.weight"):
             mask = engine.place(mask_of(parameter), parameter)
-            parameter.register_post_accumulate_grad_hook(partial(_apply_mask, mask=mask))
+            engine.edit_gradient(parameter, partial(_apply_mask, mask=mask))
 
 
 @torch.no_grad()
-def _apply_mask(parameter: Tensor, *, mask: Tensor) -> None:
-    assert parameter.grad is not None
-    parameter.grad.mul_(mask)
+def _apply_mask(gradient: Tensor, *, mask: Tensor) -> None:
+    gradient.mul_(mask)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from snell_scale.engines.ddp import DdpConfig
 from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.interfaces import Engine
-from tests.engines.fsdp2_cases import CASES, STEPS, make_batch, set_up, train
+from tests.engines.fsdp2_cases import CASES, STEPS, make_batch, set_up, train, train_batch_norm
 
 WORLD_SIZE = 2
 SECONDS = 240
@@ -40,6 +40,8 @@ def _observe(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
             _engine(ranks, replicas=WORLD_SIZE), resumed, steps=OTHER_STEPS, resume=checkpoint
         ),
         "replicas": train(_engine(ranks, replicas=WORLD_SIZE), hard),
+        "batch norm": train_batch_norm(_engine(ranks)),
+        "batch norm, ddp": train_batch_norm(DdpConfig(device="cpu", cpu_threads=1).build(ranks)),
         "ddp": train(DdpConfig(device="cpu", cpu_threads=1).build(ranks), hard),
         "bf16": train(_engine(ranks, frozen_dtype="bf16"), hard),
         "layout": _layout(_engine(ranks, frozen_dtype="bf16")),

@@ -27,7 +27,7 @@ from tests.engines.deepspeed_worker import (
     train_and_evaluate,
     train_masked,
 )
-from tests.engines.fsdp2_cases import CASES, NUM_STEPS, mask_of, train
+from tests.engines.fsdp2_cases import CASES, NUM_STEPS, mask_of, train, train_batch_norm
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
 # most lr/eps = 10 times the difference of its gradients, themselves below 1e-7; five steps. Seen: 3e-7.
@@ -96,6 +96,14 @@ def test_edited_gradients(ranks: list[dict[str, Any]], key: Key) -> None:
     for name, change in ranks[0].items():
         assert torch.equal(change != 0, mask_of(change))
         torch.testing.assert_close(change, expected[name], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("key", _keys("batch norm"))
+def test_batch_statistics_are_the_mean_of_the_ranks(ranks: list[dict[str, Any]], key: Key) -> None:
+    first, other = ranks
+    alone = train_batch_norm(_alone())
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    torch.testing.assert_close(first["1.running_mean"], alone["1.running_mean"], atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("key", _keys("evaluated"))

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from snell_scale import registry
+from snell_scale.assembly import assemble
+from snell_scale.config import Config
 from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
 from snell_scale.engines.deepspeed_json import (
     check_dictated,
@@ -166,6 +168,25 @@ def test_what_the_config_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None
         DeepSpeedConfig(device="cpu").check()
 
 
+@pytest.mark.parametrize(
+    ("stage", "setting", "advice"),
+    [
+        (3, "training.ema_decay=0.9", "zero_stage to 1 or 2"),
+        (2, "training.compile=true", "engine.name to ddp or fsdp2"),
+        (2, "checkpoint.asynchronous=true", "set it to false"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_with_the_config(
+    tiny: Callable[..., Config], stage: int, setting: str, advice: str
+) -> None:
+    def config(setting: str) -> Config:
+        return tiny("engine.name=deepspeed", f"engine.zero_stage={stage}", setting)
+
+    with pytest.raises(ValueError, match=rf"{setting.partition('=')[0]} .*deepspeed: .*{advice}"):
+        assemble(config(setting))
+    assert assemble(config("seed=1")).trainable_parameters > 0
+
+
 def test_checkpoints_are_for_the_same_stage_and_world_size() -> None:
     built = DeepSpeedConfig(device="cpu", zero_stage=3).build(Ranks(world_size=2))
     built.check_checkpoint(built.layout())
@@ -174,8 +195,6 @@ def test_checkpoints_are_for_the_same_stage_and_world_size() -> None:
             ValueError, match=rf"{other['engine']} on {other['world_size']} .* deepspeed zero-3 on 2"
         ):
             built.check_checkpoint(other)
-    with pytest.raises(ValueError, match="checkpoint.asynchronous=false"):
-        built.writer({}, staged=True)
 
 
 def test_loss_scale_follows_torch() -> None:

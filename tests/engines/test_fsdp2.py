@@ -14,7 +14,7 @@ from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig
 from tests.engines import fsdp2_worker
-from tests.engines.fsdp2_cases import CASES, train
+from tests.engines.fsdp2_cases import CASES, train, train_batch_norm
 from tests.engines.fsdp2_worker import HARD_CASE, OTHER_STEPS, RESUMED_CASE, SECONDS, WORLD_SIZE
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
@@ -44,6 +44,17 @@ def test_fp16_is_refused():
 def test_replicas_must_divide_the_ranks():
     with pytest.raises(ValueError, match=r"engine.replicas=3 does not divide the 4 rank"):
         Fsdp2Config(device="cpu", replicas=3).build(Ranks(world_size=4))
+
+
+@pytest.mark.parametrize("name", ["batch norm", "batch norm, ddp"])
+def test_batch_statistics_are_the_mean_of_the_ranks(ranks: list[dict[str, Any]], name: str):
+    """The running means are then those of one process."""
+    first, other = (rank[name] for rank in ranks)
+    alone = train_batch_norm(SingleConfig(device="cpu").build(Ranks()))
+    assert first.keys() == alone.keys()
+    assert all(torch.equal(first[key], other[key]) for key in first)
+    assert not torch.equal(first["1.running_mean"], torch.zeros(4))
+    torch.testing.assert_close(first["1.running_mean"], alone["1.running_mean"], atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)

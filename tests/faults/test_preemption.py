@@ -18,12 +18,13 @@ _NO_DROPOUT = "model.arguments.proj_drop_rate=0.0"
 
 
 class _Scenario(NamedTuple):
-    """A run on `before` ranks that a fault stops, and goes on with `after` ranks."""
+    """A run on `before` ranks that a fault stops, and goes on with `after` ranks, and perhaps another engine."""
 
     faults: list[Fault]
     settings: list[str]
     before: int = 2
     after: int = 2
+    engines: tuple[str, str] = ("ddp", "ddp")
 
 
 _SCENARIOS = {
@@ -33,6 +34,9 @@ _SCENARIOS = {
     "whole-no-dropout": _Scenario([], [_NO_DROPOUT]),
     "two-one": _Scenario([Fault("terminate", 1)], [_NO_DROPOUT], 2, 1),
     "one-two": _Scenario([Fault("terminate", 0)], [_NO_DROPOUT], 1, 2),
+    "fsdp2-single": _Scenario([Fault("terminate", 1)], [_NO_DROPOUT], 2, 1, ("fsdp2", "single")),
+    "single-fsdp2": _Scenario([Fault("terminate", 0)], [_NO_DROPOUT], 1, 2, ("single", "fsdp2")),
+    "ddp-deepspeed": _Scenario([Fault("terminate", 1)], [_NO_DROPOUT], 2, 2, ("ddp", "deepspeed")),
 }
 
 
@@ -63,9 +67,10 @@ def courses(runs: Path) -> dict[str, _Course]:
 
 
 def _start(runs: Path, name: str, *, world_size: int, again: bool = False) -> RanksByHand:
-    arguments = ["run", str(runs / "tiny.yaml"), f"name={name}", "engine.name=ddp", "engine.cpu_threads=1"]
-    arguments += [*_SCENARIOS[name].settings, "--quiet", "--resume", "auto"]
-    faults = [] if again else _SCENARIOS[name].faults
+    scenario = _SCENARIOS[name]
+    arguments = ["run", str(runs / "tiny.yaml"), f"name={name}", f"engine.name={scenario.engines[again]}"]
+    arguments += ["engine.cpu_threads=1", *scenario.settings, "--quiet", "--resume", "auto"]
+    faults = [] if again else scenario.faults
     return RanksByHand(arguments, faults, logs=runs / f"{name}-{again}", world_size=world_size)
 
 
@@ -94,8 +99,10 @@ def test_the_run_goes_on_as_if_it_had_not_been_stopped(
     assert result.metrics == read_result(runs / "whole").metrics
 
 
-@pytest.mark.parametrize(("name", "stopped_after"), [("two-one", 5), ("one-two", 4)])
-def test_another_number_of_ranks_goes_on(
+@pytest.mark.parametrize(
+    ("name", "stopped_after"), [("two-one", 5), ("one-two", 4), ("fsdp2-single", 5), ("single-fsdp2", 4)]
+)
+def test_another_number_of_ranks_or_engine_goes_on(
     courses: dict[str, _Course], runs: Path, name: str, stopped_after: int
 ) -> None:
     """Without dropout: every rank draws masks of its own."""
@@ -108,3 +115,11 @@ def test_another_number_of_ranks_goes_on(
     for (_, expected), (_, loss) in zip(whole, changed, strict=True):
         # Sums in another order: fp32 rounding (6e-8) over eight Adam steps, which divide by small moments.
         assert abs(loss - expected) <= 2e-4 * abs(expected)
+
+
+def test_a_checkpoint_that_the_new_engine_cannot_read_is_refused(courses: dict[str, _Course]) -> None:
+    _, record, second = courses["ddp-deepspeed"]
+    assert record.steps == 5
+    assert second.codes == [2, 2], second.output
+    assert "was written by torch on 2 rank(s), but this run is deepspeed zero-2 on 2" in second.output[0]
+    assert "--overwrite" in second.output[0]

@@ -13,6 +13,7 @@ their code has this choice too), the mask is one byte per entry, and frozen tens
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,11 +79,10 @@ class GpsTuner(ModuleTuner):
             parameter.grad = None
 
     def bind(self, engine: Engine) -> None:
-        """Mask every gradient from now on, as soon as it is complete, before it is reduced or clipped."""
+        """Mask every gradient from now on, before it is clipped."""
         self._engine = engine
         for name in self._shapes:
-            parameter = self.module.get_parameter(name)
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._mask(p, name))
+            engine.edit_gradient(self.module.get_parameter(name), partial(self._mask, name))
         if self._chosen:  # a resumed run restores what was selected
             self._place_masks(engine)
 
@@ -125,9 +125,8 @@ class GpsTuner(ModuleTuner):
             self._masks[name] = engine.place(mask.view(shape), self.module.get_parameter(name))
 
     @torch.no_grad()
-    def _mask(self, parameter: Tensor, name: str) -> None:
-        assert parameter.grad is not None
-        parameter.grad.mul_(self._masks[name])
+    def _mask(self, name: str, gradient: Tensor) -> None:
+        gradient.mul_(self._masks[name])
 
 
 def _roles(bundle: ModelBundle, *, train_extra: bool) -> tuple[set[str], dict[str, nn.Parameter]]:
