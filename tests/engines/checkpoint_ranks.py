@@ -6,7 +6,6 @@
 import gc
 import json
 import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -23,8 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from snell_scale.engines.checkpoint import Checkpoints
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.shards import read_shards, shard_writer
+from tests.two_ranks import WORLD_SIZE, run_two_ranks
 
-WORLD_SIZE = 2
 ALONE = {"world_size": 1}
 BOTH = {"world_size": WORLD_SIZE}
 LARGE = 40_000  # bytes: more than any checkpoint of `whole_state` has beside it, more than _LIMIT allows
@@ -61,16 +59,7 @@ def start(folder: Path) -> list[dict[str, Any]]:
     """Run the parts; returns the answers of each rank."""
     alone = Checkpoints(folder / "alone", Ranks(), keep_last=2)
     save(alone, 1, whole_state(1), layout=ALONE, rank=0)
-    context = mp.spawn(_work, args=(str(folder),), nprocs=WORLD_SIZE, join=False)
-    assert context is not None
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes hang"
-    finally:
-        for process in context.processes:
-            if process is not None and process.is_alive():
-                process.kill()
+    run_two_ranks(_work, str(folder), seconds=_DEADLINE_SECONDS)
     return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

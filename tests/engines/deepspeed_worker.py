@@ -24,8 +24,8 @@ from tests.engines.fsdp2_cases import (
     train,
     train_batch_norm,
 )
+from tests.two_ranks import WORLD_SIZE
 
-WORLD_SIZE = 2
 STAGES = (1, 2, 3)
 HARD_CASE = "snell clipped, accumulated"
 RELEASED = (HARD_CASE, "snell checkpointed")

@@ -13,8 +13,8 @@ from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.interfaces import Engine
 from tests.engines.fsdp2_cases import CASES, STEPS, make_batch, set_up, train, train_batch_norm
+from tests.two_ranks import WORLD_SIZE
 
-WORLD_SIZE = 2
 SECONDS = 240
 HARD_CASE = "snell clipped, accumulated"
 RESUMED_CASE = "snella clipped, accumulated"

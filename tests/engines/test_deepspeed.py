@@ -1,14 +1,11 @@
 """DeepSpeed ZeRO on two processes trains as one process does, and keeps parts where it says so."""
 
-import socket
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
 from snell_scale.engines.ranks import Ranks
@@ -20,7 +17,6 @@ from tests.engines.deepspeed_worker import (
     NUM_BLOCKS,
     QUICK,
     SECOND_RUN,
-    WORLD_SIZE,
     Key,
     jobs,
     last_updates,
@@ -28,6 +24,7 @@ from tests.engines.deepspeed_worker import (
     train_masked,
 )
 from tests.engines.fsdp2_cases import CASES, NUM_STEPS, mask_of, train, train_batch_norm
+from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
 # most lr/eps = 10 times the difference of its gradients, themselves below 1e-7; five steps. Seen: 3e-7.
@@ -211,10 +208,9 @@ def test_the_process_is_left_as_it_was(part: str, request: pytest.FixtureRequest
 
 def _run(folder: Path, keys: set[Key]) -> Path:
     run = partial(deepspeed_worker.run, keys=keys)
-    context = spawn(run, args=(_free_ports(), folder), nprocs=WORLD_SIZE, join=False)
-    assert context is not None
     try:
-        _join(context)
+        # A port for each run: the store of the first still listens when the second starts.
+        run_two_ranks(run, free_ports(2), folder, seconds=SECONDS)
     finally:
         print(*(path.read_text() for path in folder.glob("*.log")))
     return folder
@@ -237,21 +233,3 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["trained"].keys() == expected["trained"].keys()
     for name, weight in expected["trained"].items():
         torch.testing.assert_close(found["trained"][name], weight, atol=ROUNDING, rtol=0)
-
-
-def _free_ports() -> list[int]:
-    """One for each run: the store of the first still listens when the second starts."""
-    with socket.socket() as one, socket.socket() as other:
-        for found in (one, other):
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in (one, other)]
-
-
-def _join(context: ProcessContext) -> None:
-    """Raises what a process raised; ends them all after `SECONDS`."""
-    end = time.monotonic() + SECONDS
-    while not context.join(timeout=5):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"the ranks did not end within {SECONDS} s")

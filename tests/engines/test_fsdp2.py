@@ -1,21 +1,19 @@
 """FSDP2 on two processes trains as one process does, and keeps equal parts of everything on each."""
 
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig
 from tests.engines import fsdp2_worker
 from tests.engines.fsdp2_cases import CASES, train, train_batch_norm
-from tests.engines.fsdp2_worker import HARD_CASE, OTHER_STEPS, RESUMED_CASE, SECONDS, WORLD_SIZE
+from tests.engines.fsdp2_worker import HARD_CASE, OTHER_STEPS, RESUMED_CASE, SECONDS
+from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
 # most lr/eps = 10 times the difference of its gradients, themselves below 1e-7; five steps. Seen: 2e-7.
@@ -30,9 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    context = spawn(fsdp2_worker.run, args=(_free_port(), folder), nprocs=WORLD_SIZE, join=False)
-    assert context is not None
-    _join(context)
+    run_two_ranks(fsdp2_worker.run, *free_ports(1), folder, seconds=SECONDS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
@@ -151,20 +147,3 @@ def _assert_same(sharded: dict[str, Any], alone: dict[str, Any]) -> None:
     # SNELLA counts entries: rounding may move one, of the 256 of the smallest matrix, to another matrix.
     for name, shares in alone["sparsities"].items():
         assert sharded["sparsities"][name] == pytest.approx(shares, abs=1.5 / 256)
-
-
-def _join(context: ProcessContext) -> None:
-    """Wait for all processes; raises what one of them raised, and leaves none behind."""
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes took more than {SECONDS} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

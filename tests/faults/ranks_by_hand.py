@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import psutil
 
 from tests.faults.worker import Fault, work
+from tests.two_ranks import free_ports
 
 
 class Ended(NamedTuple):
@@ -30,9 +30,7 @@ class RanksByHand:
     def __init__(
         self, arguments: Sequence[str], faults: Sequence[Fault], *, logs: Path, world_size: int = 2
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         self._logs = [Path(f"{logs}-rank-{rank}.log") for rank in range(world_size)]
         self._started = time.monotonic()
         self._processes: list[BaseProcess] = [

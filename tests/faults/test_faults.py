@@ -6,11 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from snell_scale.engines.checkpoint import find_damage
 from snell_scale.records import Result, read_result
-from tests.conftest import TINY
 from tests.faults.ranks_by_hand import Ended, RanksByHand
 from tests.faults.worker import Fault
 
@@ -36,13 +34,6 @@ _SCENARIOS: dict[str, tuple[list[Fault], list[str], int | None]] = {
     "frozen-store": ([Fault("stop", 0)], _HANGING, 0),
     "suspended": ([Fault("stop", 0), Fault("stop", 1)], _HANGING, None),
 }
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "output_dir": str(folder)}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 
 from snell_scale.records import Result, read_result, read_steps
-from tests.conftest import TINY
 from tests.faults.ranks_by_hand import Ended, RanksByHand
 from tests.faults.worker import Fault
 
@@ -46,13 +44,6 @@ class _Course(NamedTuple):
     first: Ended
     record: Result
     second: Ended
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("preemption")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "output_dir": str(folder)}))
-    return folder
 
 
 @pytest.fixture(scope="module")

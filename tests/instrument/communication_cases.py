@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from snell_scale.instrument.communication import CommunicationCounter
 from snell_scale.instrument.memory import MemoryProbe
+from tests.two_ranks import WORLD_SIZE
 
-WORLD_SIZE = 2
 NUM_FLOATS = 10
 WIDTH = 8
 EVEN, ODD = 4, 5  # rows of the trainable layers: ODD ones do not divide among two ranks

@@ -1,18 +1,16 @@
 """CommunicationCounter against sizes known beforehand, on two processes; every comparison is exact."""
 
 import json
-import socket
-import time
 from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from snell_scale.instrument.communication import _COLLECTIVES, _NAMESPACES, _WITHOUT_PAYLOAD
 from tests.instrument import communication_cases
-from tests.instrument.communication_cases import ODD, WIDTH, WORLD_SIZE, make_model
+from tests.instrument.communication_cases import ODD, WIDTH, make_model
+from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
 
 Found: TypeAlias = list[dict[str, Any]]
 
@@ -49,9 +47,7 @@ _POINT_TO_POINT = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each of the two ranks counted."""
     folder = tmp_path_factory.mktemp("communication")
-    context = spawn(communication_cases.run, args=(folder, _free_port()), nprocs=WORLD_SIZE, join=False)
-    assert context is not None
-    _join(context)
+    run_two_ranks(communication_cases.run, folder, *free_ports(1), seconds=SECONDS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
@@ -164,23 +160,6 @@ def test_every_collective_of_this_torch_is_known():
     for schema in schemas:
         if schema.name in _COLLECTIVES:
             assert _COLLECTIVES[schema.name].argument in {argument.name for argument in schema.arguments}
-
-
-def _join(context: ProcessContext) -> None:
-    """Wait for both processes; raises what one of them raised, and leaves none behind."""
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes took more than {SECONDS} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _default_operators() -> list[str]:
