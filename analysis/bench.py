@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analysis.drawing import WIDTH_INCHES, Picture, Style, color_of, method_style, text_color, write_png
 from analysis.load import MIB, Row, rows_of
 from analysis.tables import Column, number, size, write_tables
-from snell_scale.bench_records import BASES, FILE_NAME, BenchRecord, read_bench
+from snell_scale.bench_records import BASES, FIGURES, FILE_NAME, BenchRecord, read_bench
 
 # Sides that no table of methods has; each but these has its method's colour.
 _OTHER_SIDES = {
@@ -21,6 +21,14 @@ _OTHER_SIDES = {
     "naive": Style("#AA3377", "o"),
     "snell-cold": Style("#EE9966", "o"),
     "snell-mkl": Style("#CC6677", "o"),
+    "bare": Style("#8C8C8C", "o"),
+    "loop": Style("#0084D1", "o"),
+    "single": Style("#8C8C8C", "o"),
+    "ddp": Style("#0084D1", "o"),
+    "fsdp2": Style("#009E73", "o"),
+    "zero1": Style("#F0B070", "o"),
+    "zero2": Style("#E69F00", "o"),
+    "zero3": Style("#D55E00", "o"),
 }
 _TEXT = ("record", "command", "hardware", "dtype", "interrupted", "case", "side", "note", "error")
 
@@ -54,8 +62,9 @@ def load_benches(paths: Sequence[Path]) -> pd.DataFrame:
     """One row per record, case and side, in the order of the records; a damaged one is named on stderr.
 
     Columns: record, command, hardware, dtype, num_threads, interrupted (a bool), case, side, rounds, median_ms,
-    p10_ms, p90_ms, peak_mib (MiB = 2^20 bytes), over_<base> with _p10 and _p90 (time over the base side's), note,
-    error; NaN where a record has no value. ValueError: no readable record.
+    p10_ms, p90_ms, peak_mib (MiB = 2^20 bytes), over_<base> with _p10 and _p90 (time over the base side's), the
+    records' further figures by their own names, note, error; NaN where a record has no value. ValueError: no
+    readable record.
     """
     rows = []
     for path in _record_files(paths):
@@ -89,6 +98,10 @@ def bench_columns(table: pd.DataFrame) -> list[Column]:
         if table[key].notna().any():
             shown.append(Column(f"× {base}", key, lambda row, key=key: number(row[key], digits=2)))
     shown.append(Column("Peak MiB", "peak_mib", lambda row: size(row["peak_mib"])))
+    for key, figure in FIGURES.items():
+        if key in table and table[key].notna().any():
+            heading = figure.heading[:1].upper() + figure.heading[1:]
+            shown.append(Column(heading, key, lambda row, key=key: _figure(row, key)))
     for heading, key in (("Note", "note"), ("Error", "error")):
         if table[key].notna().any():
             shown.append(Column(heading, key, lambda row, key=key: _told(row[key]), is_number=False))
@@ -155,12 +168,17 @@ def _finish(axes: Axes, label: str, names: list[str]) -> None:
 
 
 def _color(side: str) -> str:
-    return color_of(_OTHER_SIDES.get(side) or method_style(side))
+    """A side may end in a number of processes ("ddp x2")."""
+    return color_of(_OTHER_SIDES.get(side.split(" ")[0]) or method_style(side))
 
 
 def _milliseconds(value: float) -> str:
     """Three or four figures: kernels take microseconds, steps seconds."""
     return number(value, digits=4 if value < 1 else 2 if value < 100 else 0)
+
+
+def _figure(row: Row, key: str) -> str:
+    return number(row[key] / FIGURES[key].divisor, digits=FIGURES[key].digits)
 
 
 def _told(value: object) -> str:
@@ -206,6 +224,7 @@ def _rows(record: BenchRecord) -> list[Row]:
                 "p90_ms": row.p90_ms,
                 "peak_mib": None if row.peak_bytes is None else row.peak_bytes / MIB,
                 **over,
+                **row.figures,
                 "note": row.note,
                 "error": row.error,
             }

@@ -11,8 +11,28 @@ from snell_scale.records import write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "bench.json"
 # What ratios are taken to, where a benchmark has these sides.
-BASES = ("frozen", "probe", "lora", "full", "naive")
+BASES = ("frozen", "probe", "lora", "full", "naive", "bare", "single")
+_MIB = 2**20
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a further figure of a row is shown: value / divisor under a heading."""
+
+    heading: str
+    divisor: int = 1
+    digits: int = 2
+
+
+# Further figures of a row by their key in the record; one that is not listed is kept, but not shown.
+FIGURES = {
+    "overhead_ms": Figure("overhead ms"),
+    "images_per_s": Figure("images/s", digits=1),
+    "payload_bytes": Figure("payload MiB", _MIB),
+    "wire_bytes_per_rank": Figure("wire MiB/rank", _MIB),
+    "gradient_bytes": Figure("gradients MiB", _MIB),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Row:
 
     Milliseconds of one round, over `rounds` rounds in which every side ran once. peak_bytes: see the record's
     `memory_source`. ratios: base side → {"median", "p10", "p90"} of this side's time over the base's, formed
-    round by round.
+    round by round. figures: what only some benchmarks measure, by a name with its unit.
     """
 
     case: str
@@ -50,6 +70,7 @@ class Row:
     p90_ms: float | None = None
     peak_bytes: int | None = None
     ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
     note: str | None = None
     error: str | None = None
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from snell_scale import registry
 from snell_scale.bench.cli import app as bench_app
 from snell_scale.config import Config, json_schema, load_config, to_dict
-from snell_scale.exit_codes import EXIT_CODES, OtherRankFailed, tell_launcher
+from snell_scale.exit_codes import EXIT_CODES, REFUSED, OtherRankFailed, tell_launcher
 from snell_scale.results_table import console, print_results, say
 from snell_scale.sweep.command import sweep
 
@@ -45,10 +45,10 @@ def main() -> None:
         who = f"rank {os.environ['RANK']} " if os.environ.get("RANK", "0") != "0" else ""
         text = f"[bold red]{who}error:[/] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-        sys.exit(tell_launcher(2))
+        sys.exit(tell_launcher(REFUSED))
     except OtherRankFailed as error:
         print(f"rank {os.environ['RANK']} {error}", file=sys.stderr)
-        sys.exit(EXIT_CODES["failed"])
+        sys.exit(tell_launcher(error.exit_code))
 
 
 @app.command()

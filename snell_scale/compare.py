@@ -97,7 +97,7 @@ def _execute(planned: PlannedRun) -> Result:
 
 
 def _record_failure(planned: PlannedRun, error: BaseException) -> Result:
-    from snell_scale.run import blank_result
+    from snell_scale.attempt import blank_result
 
     died = "its process died (killed, or out of host memory?)" if isinstance(error, BrokenProcessPool) else None
     message = died or f"{type(error).__name__}: {error}"

@@ -6,10 +6,15 @@ from pathlib import Path
 from snell_scale.records import write_atomically
 
 EXIT_CODES = {"ok": 0, "failed": 1, "oom": 3, "diverged": 4, "interrupted": 75}
+REFUSED = 2  # bad input, or a disk that is full or not writable: what the user has to mend
 
 
 class OtherRankFailed(RuntimeError):
-    """What was raised here is no more than the echo of what happened on another rank."""
+    """What was raised here is no more than the echo of what happened on another rank, which exits with this."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def tell_launcher(code: int) -> int:

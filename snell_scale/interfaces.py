@@ -151,6 +151,7 @@ class Failure:
     rank: int
     status: str
     message: str
+    exit_code: int
 
 
 class Ranks(Protocol):
@@ -188,7 +189,7 @@ class Ranks(Protocol):
         """The same ranks with a group of their own, for another thread to talk over."""
         ...
 
-    def tell_failure(self, status: str, message: str) -> None:
+    def tell_failure(self, failure: Failure) -> None:
         """Tell the other ranks why this one ends, unless another has told first. Never raises."""
         ...
 
@@ -199,8 +200,8 @@ class Ranks(Protocol):
     before_end: Callable[[Failure], None]
     """Called on rank 0, from another thread, before a process that does not come out of a collective is ended."""
 
-    def beat(self, step: int) -> None:
-        """This rank is alive, and at this step: what watches over the ranks ends a job without progress."""
+    def beat(self, step: int | None = None) -> None:
+        """This rank makes progress (and is at this step): a job in which no rank does is ended."""
         ...
 
 

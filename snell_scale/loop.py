@@ -109,6 +109,7 @@ def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool)
     losses = []
     with probe or contextlib.nullcontext(), _counting(run, measured=measured):
         for number, batch in enumerate(microbatches, start=1):
+            run.engine.ranks.beat()
             with run.engine.microbatch(is_last=number == len(microbatches)):
                 with _phase(probe, "forward"):
                     on_device = run.engine.move(batch)

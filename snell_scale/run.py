@@ -14,20 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from snell_scale.assembly import Assembly, assemble
+from snell_scale.attempt import (
+    Attempt,
+    blank_result,
+    echo_of_failure,
+    tell_failure,
+    write_despite_trouble,
+)
 from snell_scale.config import Config, to_dict
 from snell_scale.data.batches import evaluation_batches, evaluation_share, samples_per_forward
-from snell_scale.engines.checkpoint import Checkpoints
-from snell_scale.exit_codes import OtherRankFailed
+from snell_scale.engines.checkpoint import Checkpoint, Checkpoints
 from snell_scale.instrument.environment import collect_environment
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import Engine, Failure, Ranks, StepPlan, Tuner
+from snell_scale.interfaces import Engine, Ranks, StepPlan, Tuner
 from snell_scale.loop import evaluate, train
 from snell_scale.models.activation_checkpointing import checkpoint_activations
 from snell_scale.optimization import AveragedWeights, make_optimizer
 from snell_scale.progress import Progress, make_progress
-from snell_scale.records import NoWriter, Result, Status, StepWriter, write_json, write_result, write_yaml
-from snell_scale.run_folder import find_finished, locked, prepare_folder
+from snell_scale.records import NoWriter, Result, StepWriter, write_json, write_result, write_yaml
+from snell_scale.run_folder import check_same_everywhere, clear, find_finished, locked
 from snell_scale.signals import StopFlag, StopVote, stop_on_signal
 from snell_scale.training import Training, rank_seed, restore, total_steps
 
@@ -47,9 +53,14 @@ def run(
     Out of memory, divergence and interruption are results. Any other exception is recorded as "failed" and
     raised again. resume="auto": continue from the newest complete checkpoint, or return the result that stands.
     """
+    if overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume, overwrite = "auto", False  # torchrun starts the same command again: what it replaced is gone
     with config.engine.join() as ranks, stop_on_signal() as stop_flag, _determinism(config):
+        check_same_everywhere(config, ranks)
         folder = Path(config.output_dir) / config.name
-        standing = ranks.first(lambda: find_finished(folder, config, resume=resume, overwrite=overwrite))
+        standing = ranks.first(
+            lambda: find_finished(folder, config, resume=resume, overwrite=overwrite, world_size=ranks.world_size)
+        )
         if standing is not None:
             return standing
         attempt = Attempt(blank_result(config, varied or {}, world_size=ranks.world_size))
@@ -57,19 +68,18 @@ def run(
             # A mistake in the config ends here: no folder is made, no device touched.
             parts = assemble(config, world_size=ranks.world_size)
             with _own_folder(folder, ranks, overwrite=overwrite):
-                attempt.owns_folder = True
-                ranks.before_end = partial(_record_ended, folder, attempt)
+                ranks.before_end = partial(attempt.record_ended, folder)
                 result = _run(parts, folder, attempt, ranks, stop_flag, quiet=quiet)
                 ranks.first(lambda: write_result(folder, result))
                 return result
         except BaseException as error:
-            ranks.tell_failure(_status_of(error), _describe(error))
-            result = _failed(attempt, error, ranks)
+            tell_failure(error, ranks)
+            result = attempt.failed(error, ranks)
             if ranks.is_first and (attempt.owns_folder or result.status == "oom"):
-                _write_despite_trouble(folder, result)
+                write_despite_trouble(folder, result)
             if result.status == "oom":
                 return result
-            echo = _echo(error, ranks)
+            echo = echo_of_failure(error, ranks)
             if echo is not None:
                 raise echo from error
             raise
@@ -77,61 +87,16 @@ def run(
 
 @contextlib.contextmanager
 def _own_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[None]:
-    """The run's folder, made ready and kept from other runs by rank 0."""
+    """The run's folder, kept from other runs by rank 0."""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
             stack.enter_context(locked(folder))
-            prepare_folder(folder, overwrite=overwrite)
+            if overwrite:
+                clear(folder)
 
         ranks.first(take)
         yield
-
-
-def _failed(attempt: "Attempt", error: BaseException, ranks: Ranks) -> Result:
-    """The record of a run that ended with an exception here, or on another rank before."""
-    failure = ranks.failure()
-    if failure is None:
-        return replace(attempt.so_far(), status=_status_of(error), message=_describe(error))
-    where = f"rank {failure.rank}: " if ranks.world_size > 1 else ""
-    return replace(attempt.so_far(), status=failure.status, message=where + failure.message)
-
-
-def _record_ended(folder: Path, attempt: "Attempt", failure: Failure) -> None:
-    """The record of a process that is being ended, from another thread: it asks no device for anything."""
-    if (folder / "result.json").exists():
-        return
-    steps = attempt.training.step if attempt.training is not None else 0
-    message = f"rank {failure.rank}: {failure.message}"
-    result = replace(attempt.result, status=failure.status, message=message, steps=steps)
-    _write_despite_trouble(folder, result)
-
-
-class Attempt:
-    """What is known so far, for a record of a run that ends early."""
-
-    def __init__(self, result: Result) -> None:
-        self.result = result
-        self.training: Training | None = None
-        self.owns_folder = False
-        self._started = time.perf_counter()
-
-    def so_far(self) -> Result:
-        """The result with what training has measured by now."""
-        training, total = self.training, time.perf_counter() - self._started
-        if training is None:
-            return replace(self.result, seconds={"total": total})
-        history = training.measured()
-        return replace(
-            self.result,
-            steps=training.step,
-            best_step=training.best_step,
-            resumed_from_steps=history.resumed_from,
-            seconds={"train": history.seconds, "total": total},
-            throughput=history.throughput,
-            memory=history.memory,
-            communication=history.communication,
-        )
 
 
 def _run(
@@ -141,7 +106,11 @@ def _run(
     config = parts.config
     torch.manual_seed(rank_seed(config.seed, ranks))
     engine: Engine = config.engine.build(ranks)
+    ranks.beat()
+    checkpoints, checkpoint = _find_checkpoint(config, engine, folder)
+    # Only now: until here another run's folder, or one that this engine cannot read, was left as it is.
     ranks.first(lambda: _write_circumstances(folder, config, engine))
+    attempt.owns_folder = True
     attempt.result = replace(
         attempt.result,
         engine=engine.describe(),
@@ -155,7 +124,7 @@ def _run(
             contextlib.closing(make_progress(config.name, quiet=quiet or not ranks.is_first))
         )
         vote = StopVote(stop_flag, ranks)
-        training = _set_up(parts, engine, folder, progress, vote)
+        training = set_up(parts, engine, folder, progress, vote, checkpoints=checkpoints, checkpoint=checkpoint)
         attempt.training = training
         stack.enter_context(contextlib.closing(training.writer))
         result = _train_and_report(training, attempt)
@@ -165,26 +134,41 @@ def _run(
         return result
 
 
+def _find_checkpoint(config: Config, engine: Engine, folder: Path) -> tuple[Checkpoints, Checkpoint | None]:
+    """(where the run's checkpoints are, the newest). ValueError where the engine cannot read that one."""
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        engine.ranks,
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    newest = checkpoints.newest()
+    if newest is not None:
+        engine.check_checkpoint(newest.layout)
+    return checkpoints, newest
+
+
 def _write_circumstances(folder: Path, config: Config, engine: Engine) -> None:
+    (folder / "result.json").unlink(missing_ok=True)  # of an attempt that was interrupted
     write_yaml(folder / "config.yaml", to_dict(config))
     write_json(folder / "environment.json", collect_environment(engine.device))
 
 
-def _set_up(parts: Assembly, engine: Engine, folder: Path, progress: Progress, vote: StopVote) -> Training:
-    """Selection, checkpointing, placement and sharding, optimizer; then the state of an earlier attempt."""
+def set_up(
+    parts: Assembly,
+    engine: Engine,
+    folder: Path,
+    progress: Progress,
+    vote: StopVote,
+    *,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None = None,
+) -> Training:
+    """Selection, activation checkpointing, placement and sharding, optimizer; then the checkpoint's state."""
     config, tuner, ranks = parts.config, parts.tuner, engine.ranks
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        ranks,
-        keep_last=config.checkpoint.keep_last,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-    checkpoint = checkpoints.newest()
-    if checkpoint is not None:
-        engine.check_checkpoint(checkpoint.layout)
     module, forward = _distribute(parts, engine, selects=tuner.needs_selection and checkpoint is None)
     averages = AveragedWeights(module, config.training.ema_decay) if config.training.ema_decay else None
-    keep_until = checkpoint.step if checkpoint else 0
+    ranks.beat()
     training = Training(
         config=config,
         engine=engine,
@@ -194,7 +178,7 @@ def _set_up(parts: Assembly, engine: Engine, folder: Path, progress: Progress, v
         task=parts.task,
         data=parts.data,
         folder=folder,
-        writer=StepWriter(folder, keep_until_step=keep_until) if ranks.is_first else NoWriter(),
+        writer=_open_writer(folder, ranks, keep_until_step=checkpoint.step if checkpoint else 0),
         checkpoints=checkpoints,
         timer=StepTimer(engine.device, config.logging.warmup_steps),
         probe=MemoryProbe(module, partial(_optimizer_tensors, engine, tuner, averages)),
@@ -206,6 +190,13 @@ def _set_up(parts: Assembly, engine: Engine, folder: Path, progress: Progress, v
     if checkpoint is not None:
         restore(training, checkpoint)
     return training
+
+
+def _open_writer(folder: Path, ranks: Ranks, *, keep_until_step: int) -> StepWriter | NoWriter:
+    opened: list[StepWriter] = []
+    # So that all ranks hear of a full disk; what opens the file here alone is not sent to them.
+    ranks.first(lambda: opened.append(StepWriter(folder, keep_until_step=keep_until_step)))
+    return opened[0] if opened else NoWriter()
 
 
 def _distribute(parts: Assembly, engine: Engine, *, selects: bool) -> tuple[nn.Module, nn.Module]:
@@ -303,6 +294,7 @@ def _training_losses(parts: Assembly, engine: Engine) -> Iterator[Tensor]:
     size = parts.config.training.batch_size // parts.config.training.gradient_accumulation
     for batch, counts in evaluation_share(parts.data.train, size, rank=ranks.rank, world_size=ranks.world_size):
         if counts:
+            ranks.beat()
             with engine.autocast():
                 yield parts.task(parts.tuner.module, engine.move(batch))["loss"]
 
@@ -317,64 +309,6 @@ def _measure_evaluation(training: Training) -> None:
     with training.probe, training.probe.phase("evaluate"), torch.no_grad(), training.engine.autocast():
         training.task.sums(training.model, training.engine.move(batch))
     training.model.train()
-
-
-def blank_result(
-    config: Config, varied: Mapping[str, Any], *, message: str | None = None, world_size: int = 1
-) -> Result:
-    """What is known of a run before it starts; its status is "failed" until something better is known."""
-    return Result(
-        name=config.name,
-        status="failed",
-        method=config.method.name,
-        model=config.model.describe(),
-        dataset=config.data.name,
-        task=config.task.name,
-        engine=config.engine.name,
-        precision=config.engine.precision,
-        seed=config.seed,
-        world_size=world_size,
-        batch_size=config.training.batch_size,
-        protocol=config.evaluation.protocol,
-        message=message,
-        varied=dict(varied),
-    )
-
-
-def _status_of(error: BaseException) -> Status:
-    """What an exception makes of the run. Out of memory on the host is a plain RuntimeError in torch."""
-    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if on_host or isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "oom"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-
-
-def _echo(error: BaseException, ranks: Ranks) -> OtherRankFailed | None:
-    """What to raise in place of a collective's error that only says that another rank has failed."""
-    failure = ranks.failure()
-    if not isinstance(error, RuntimeError):
-        return None
-    if failure is not None and failure.rank != ranks.rank:
-        return OtherRankFailed(f"ended because rank {failure.rank} failed: {failure.message}")
-    return OtherRankFailed(f"ended because {_describe(error)}") if _tells_of_a_lost_rank(error) else None
-
-
-def _describe(error: BaseException) -> str:
-    """For the others and the record."""
-    what = f"{type(error).__name__}: {error}"
-    return f"the process of another rank is gone (killed?): {what}" if _tells_of_a_lost_rank(error) else what
-
-
-def _tells_of_a_lost_rank(error: BaseException) -> bool:
-    """gloo and NCCL say it in words of their own only."""
-    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _write_despite_trouble(folder: Path, result: Result) -> None:
-    """A best effort: recording must not hide the error that is about to be raised again."""
-    with contextlib.suppress(OSError):
-        write_result(folder, result)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
+from snell_scale import __version__
 from snell_scale.config import Config, to_dict
+from snell_scale.interfaces import Ranks
 from snell_scale.records import Result, read_result
 
 _OURS = ("config.yaml", "environment.json", "steps.jsonl", "result.json", "adapter", "checkpoints")
@@ -21,11 +23,24 @@ _FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name", "engine")
 _BOUND_KEYS = ("engine.precision", "engine.frozen_dtype")
 
 
+def check_same_everywhere(config: Config, ranks: Ranks) -> None:
+    """ValueError on every rank where their configs or versions differ: each would train another model."""
+    told = ranks.gather({**to_dict(config), "version of snell-scale": __version__})
+    for rank, other in enumerate(told):
+        differing = _compare(told[0], other, "")
+        if differing:
+            raise ValueError(
+                f"rank {rank} was started with another config than rank 0, different in {', '.join(differing)}. "
+                "Start all ranks with the same file, overrides and version"
+            )
+
+
 def find_finished(
-    folder: Path, config: Config, *, resume: Literal["never", "auto"], overwrite: bool
+    folder: Path, config: Config, *, resume: Literal["never", "auto"], overwrite: bool, world_size: int = 1
 ) -> Result | None:
     """The result in `folder` if the run is finished and resume is "auto"; None if there is something to run.
 
+    Out of memory is the end of a run on one engine and number of ranks; on another one it continues.
     ValueError if the folder holds another run, or any run while neither resume nor overwrite was asked for.
     """
     if folder.exists() and not folder.is_dir():
@@ -51,6 +66,8 @@ def find_finished(
     except ValueError as error:
         print(f"the run is done again from its last checkpoint: {error}", file=sys.stderr)
         return None
+    if result.status == "oom" and (result.world_size != world_size or _engine_differs(folder, config)):
+        return None
     return result if result.status in _FINAL else None
 
 
@@ -68,9 +85,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare_folder(folder: Path, *, overwrite: bool) -> None:
-    """Drop what an earlier run left in the folder (overwrite), or only its result (to continue it)."""
-    for name in _OURS if overwrite else ("result.json",):
+def clear(folder: Path) -> None:
+    """Drop what an earlier run left in the folder."""
+    for name in _OURS:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -79,18 +96,28 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose recorded value is not the wanted one."""
+    """Dotted keys whose recorded value is not the wanted one, and must be."""
+    differing = _compare(_recorded(folder) or wanted, wanted, "")
+    return [key for key in differing if key in _BOUND_KEYS or key.split(".")[0] not in _FREE_KEYS]
+
+
+def _engine_differs(folder: Path, config: Config) -> bool:
+    recorded = _recorded(folder) or {}
+    return recorded.get("engine") != to_dict(config)["engine"]
+
+
+def _recorded(folder: Path) -> Mapping[str, Any] | None:
+    """The config that the folder's run was started with; None without one."""
     path = folder / "config.yaml"
     if not path.is_file():
-        return []
+        return None
     try:
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} to start over") from None
     if not isinstance(recorded, Mapping):
         raise ValueError(f"{path} is damaged (it holds no mapping); delete {folder} to start over")
-    differing = _compare(recorded, wanted, "")
-    return [key for key in differing if key in _BOUND_KEYS or key.split(".")[0] not in _FREE_KEYS]
+    return recorded
 
 
 def _compare(recorded: Any, wanted: Any, prefix: str) -> list[str]:

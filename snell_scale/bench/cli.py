@@ -1,36 +1,29 @@
-"""`snell-scale bench merge | step | gpu`: parses, calls, prints."""
+"""`snell-scale bench merge | step | loop | engines | gpu`: parses, calls, prints."""
 
-import os
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from snell_scale.bench.command import finish, run_bench, with_all_sides
 from snell_scale.bench.settings import (
+    ENGINES,
     GPU_ITEMS,
     LAYER_SIDES,
+    METHODS,
     STEP_SIDES,
+    EnginesSettings,
     GpuSettings,
+    LoopSettings,
     MergeSettings,
     StepSettings,
+    parse_numbers,
     parse_shape,
 )
 
-if TYPE_CHECKING:
-    from snell_scale.bench_records import BenchRecord
-
-_S = TypeVar("_S", MergeSettings, StepSettings, GpuSettings)
-_T = TypeVar("_T", MergeSettings, StepSettings)
-_INTERRUPTED = 130
-
 app = typer.Typer(
-    no_args_is_help=True, help="Time the merge op and training steps, each behind a gate of correctness."
+    no_args_is_help=True,
+    help="Time the merge op, training steps, the loop and the engines, each behind a gate of correctness.",
 )
 
 Sides = Annotated[
@@ -42,6 +35,10 @@ Sides = Annotated[
 ]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed rounds; in each every side runs once.")]
 Sparsity = Annotated[float, typer.Option(help="Share of entries of ΔW that are zero.")]
+Model = Annotated[str, typer.Option(help="Any timm model, with random weights.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images of a step.")]
+Method = Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")]
+Rank = Annotated[int, typer.Option(help="Of the method, where it has one.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")]
 Implementation = Annotated[str, typer.Option(help="Of the merge op: auto, reference, torch or triton.")]
@@ -86,14 +83,14 @@ def merge(
     )
     from snell_scale.bench.merge import bench_merge
 
-    _finish(_run("merge", _with_all_sides(settings, sides), bench_merge, output))
+    finish(run_bench("merge", with_all_sides(settings, sides), bench_merge, output))
 
 
 @app.command()
 def step(
     *,
-    model: Annotated[str, typer.Option(help="Any timm model, with random weights.")] = "vit_base_patch16_224",
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    model: Model = "vit_base_patch16_224",
+    batch_size: BatchSize = 8,
     rank: Annotated[list[int] | None, typer.Option(help="May be given again. Default: 8.")] = None,
     sparsity: Sparsity = 0.9,
     sides: Sides = None,
@@ -119,7 +116,101 @@ def step(
     )
     from snell_scale.bench.step import bench_step
 
-    _finish(_run("step", _with_all_sides(settings, sides), bench_step, output))
+    finish(run_bench("step", with_all_sides(settings, sides), bench_step, output))
+
+
+@app.command()
+def loop(
+    *,
+    model: Annotated[
+        str, typer.Option(help="A timm vision transformer (vit_…, deit_…).")
+    ] = "vit_base_patch16_224",
+    batch_size: BatchSize = 8,
+    method: Method = "lora",
+    rank: Rank = 8,
+    sparsity: Sparsity = 0.9,
+    steps: Annotated[int, typer.Option(min=1, help="Of each loop in a round; one of them is logged.")] = 2,
+    repeats: Repeats = 10,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """What the training loop costs beside model, loss and optimizer: `run`'s own loop against a bare one.
+
+    Both train the same model on the same synthetic images and take turns of --steps steps. A thin copy of the
+    model (as many layers, the same images, hardly any arithmetic) shows the loop's own milliseconds; they are
+    told as a share of the model's step, beside the two loops' times with the model itself. Nothing is timed
+    unless both end the first steps with the same loss and the same weights.
+    """
+    settings = LoopSettings(
+        model=model,
+        batch_size=batch_size,
+        method=method,
+        rank=rank,
+        sparsity=sparsity,
+        steps=steps,
+        repeats=repeats,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    settings.check_all()
+    from snell_scale.bench.loop import bench_loop
+
+    finish(run_bench("loop", settings, bench_loop, output))
+
+
+@app.command()
+def engines(
+    *,
+    engines: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ENGINES),
+    processes: Annotated[str, typer.Option(help="Numbers of processes, comma-separated.")] = "1,2",
+    model: Model = "vit_small_patch16_224",
+    depth: Annotated[int, typer.Option(min=0, help="Blocks of the model; 0: as many as it has.")] = 4,
+    image_size: Annotated[int, typer.Option(min=8, help="Pixels a side.")] = 64,
+    batch_size: BatchSize = 16,
+    method: Method = "snell",
+    rank: Rank = 8,
+    sparsity: Sparsity = 0.9,
+    steps: Annotated[int, typer.Option(min=8, help="Of each run; the first 5 are not timed.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each every engine runs once.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU for each process.")] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads, shared by a run's processes; default: as torch chooses."),
+    ] = None,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Step time, memory and bytes communicated of every engine on 1 and 2 processes of this machine.
+
+    Each cell is an ordinary `snell-scale run` on enlarged handwritten digits, under torchrun where it has several
+    processes, with the same images in a step whatever their number; the cells take turns. An engine that cannot
+    run here has a row that says why, and the exit code is 1. One whose loss is not the others' has no time.
+    Payload and wire: bytes of one step's collectives, as result.json tells them; gradients: 4 bytes for each
+    trained number, what a plain data-parallel step must exchange.
+    """
+    settings = EnginesSettings(
+        engines=_names(engines, ()),
+        processes=parse_numbers("--processes", processes),
+        model=model,
+        depth=depth or None,
+        image_size=image_size,
+        batch_size=batch_size,
+        method=method,
+        rank=rank,
+        sparsity=sparsity,
+        steps=steps,
+        repeats=repeats,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    settings.check_all()
+    from snell_scale.bench.engines import bench_engines
+
+    finish(run_bench("engines", settings, bench_engines, output))
 
 
 @app.command()
@@ -147,70 +238,8 @@ def gpu(
         seed=seed,
     )
     from snell_scale.bench.gpu import bench_gpu
-    from snell_scale.bench.report import print_aims
 
-    record = _run("gpu", settings, bench_gpu, output)
-    print_aims(record, _console())
-    _finish(record)
-
-
-def _run(command: str, settings: _S, bench: Callable[..., object], output: Path | None) -> "BenchRecord":
-    """Check, run, write the record, print it."""
-    settings.check_all()
-    # Kineto tells of every start and stop between our lines, at the severity 5; it reads this at its first use.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    import torch
-
-    from snell_scale.bench.progress import BenchProgress
-    from snell_scale.bench.report import (
-        check_device,
-        check_implementation,
-        output_folder,
-        print_rows,
-        write_findings,
-    )
-
-    device = check_device(settings.device)
-    check_implementation(getattr(settings, "implementation", "auto"), device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    folder = output or Path("runs/bench") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with output_folder(folder) as full_path:
-        try:
-            record = write_findings(
-                f"bench {command}",
-                partial(bench, settings, BenchProgress()),
-                settings=asdict(settings),
-                device=device,
-                dtype=settings.dtype,
-                output=full_path,
-            )
-        except KeyboardInterrupt:
-            print("interrupted before anything was timed: there is no record", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
-    print_rows(record, _console())
-    print(f"Record: {folder}/bench.json")
-    return record
-
-
-def _with_all_sides(settings: _T, sides: str | None) -> _T:
-    """Checked; with the side that depends on this machine's libraries, where the user named none."""
-    settings.check_all()
-    if sides is not None:
-        return settings
-    from snell_scale.bench.cpu_libraries import with_default_sides
-
-    return with_default_sides(settings)
-
-
-def _finish(record: "BenchRecord") -> None:
-    """Exit code 130 where the user stopped it, 1 where something could not be measured."""
-    sys.exit(_INTERRUPTED if record.interrupted else 1 if any(row.error for row in record.rows) else 0)
-
-
-def _console() -> Console:
-    # Wide where nobody watches: a log must not lose the end of a line.
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    finish(run_bench("gpu", settings, bench_gpu, output))
 
 
 def _names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from snell_scale.bench.memory import memory_source
-from snell_scale.bench_records import BASES, FILE_NAME, Aim, BenchRecord, Gate, Row, write_bench
+from snell_scale.bench_records import BASES, FIGURES, FILE_NAME, Aim, BenchRecord, Figure, Gate, Row, write_bench
 from snell_scale.instrument.environment import collect_environment
 from snell_scale.kernels.merge.choice import choose_implementation
 
@@ -145,11 +145,13 @@ def hardware_name(environment: Mapping[str, Any], device: torch.device) -> str:
 def print_rows(record: BenchRecord, console: Console) -> None:
     """One row per case and side, then the gates in one line."""
     bases = [base for base in BASES if any(base in row.ratios for row in record.rows)]
+    figures = {key: shown for key, shown in FIGURES.items() if any(key in row.figures for row in record.rows)}
     title = f"{record.command}: {record.hardware}, {record.dtype}{', interrupted' if record.interrupted else ''}"
     table = Table(title=title, title_justify="left")
     for heading in ("case", "side"):
         table.add_column(heading)
-    for heading in ("median ms", "p10–p90 ms", "peak MiB", *(f"× {base}" for base in bases)):
+    headings = [*(f"× {base}" for base in bases), *(shown.heading for shown in figures.values())]
+    for heading in ("median ms", "p10–p90 ms", "peak MiB", *headings):
         table.add_column(heading, justify="right")
     table.add_column("note")
     for row in record.rows:
@@ -160,6 +162,7 @@ def print_rows(record: BenchRecord, console: Console) -> None:
             f"{_ms(row.p10_ms)}–{_ms(row.p90_ms)}",
             _number(None if row.peak_bytes is None else row.peak_bytes / MIB, ",.1f"),
             *(_number(row.ratios.get(base, {}).get("median"), ".3f") for base in bases),
+            *(_figure(row, key, shown) for key, shown in figures.items()),
             escape(row.error or row.note or ""),
             style="red" if row.error else None,
         )
@@ -189,6 +192,11 @@ def print_aims(record: BenchRecord, console: Console) -> None:
             style=None if aim.reached else "red",
         )
     console.print(table)
+
+
+def _figure(row: Row, key: str, shown: Figure) -> str:
+    value = row.figures.get(key)
+    return _number(None if value is None else value / shown.divisor, f",.{shown.digits}f")
 
 
 def _ms(value: float | None) -> str:

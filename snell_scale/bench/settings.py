@@ -1,8 +1,9 @@
 """What a benchmark is asked to do, checked before anything is built. No torch: the command line stays quick."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snell_scale.registry import nearest
 
@@ -16,6 +17,17 @@ GPU_ITEMS = ("kernels", "steps", "unets", "layers")
 # Whole models have SNELL layers, which choose the implementation themselves.
 _WITHOUT_IMPLEMENTATION = ("steps", "unets")
 NUM_COMPONENTS = 2
+# Those with nothing to do between two steps: a bare loop can do the same.
+METHODS = ("probe", "bias", "full", "lora", "shira", "klora", "snell")
+# Engine by side: what a config says of it.
+ENGINES: Mapping[str, Mapping[str, str | int]] = {
+    "single": {"name": "single"},
+    "ddp": {"name": "ddp"},
+    "fsdp2": {"name": "fsdp2"},
+    "zero1": {"name": "deepspeed", "zero_stage": 1},
+    "zero2": {"name": "deepspeed", "zero_stage": 2},
+    "zero3": {"name": "deepspeed", "zero_stage": 3},
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,7 @@ class Common:
                 f"--sides has {MKL_SIDE!r}, which is about libraries on CPU in float32: leave it out, or give "
                 "--device cpu --dtype float32"
             )
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"--sparsity is {self.sparsity}; expected a share of zeros in [0, 1)")
+        _check_sparsity(self.sparsity)
         _check_device(self.device)
 
 
@@ -111,6 +122,102 @@ class GpuSettings:
         return "float32" if self.small else "bfloat16"
 
 
+@dataclass(frozen=True)
+class LoopSettings:
+    """`bench loop`: the product's loop against a bare one. steps: of one side in a round; repeats: rounds."""
+
+    model: str
+    batch_size: int
+    method: str
+    rank: int
+    sparsity: float
+    steps: int
+    repeats: int
+    device: str
+    threads: int | None
+    seed: int
+    dtype: str = "float32"
+
+    def check_all(self) -> None:
+        _check_choice("--method", self.method, METHODS)
+        check_rank(self.rank)
+        _check_sparsity(self.sparsity)
+        _check_device(self.device)
+
+
+@dataclass(frozen=True)
+class EnginesSettings:
+    """`bench engines`: a run by every engine on every number of processes, `repeats` times.
+
+    depth: blocks of the model; None as it has. threads: CPU threads that the processes of a run share.
+    """
+
+    engines: tuple[str, ...]
+    processes: tuple[int, ...]
+    model: str
+    depth: int | None
+    image_size: int
+    batch_size: int
+    method: str
+    rank: int
+    sparsity: float
+    steps: int
+    repeats: int
+    device: str
+    threads: int | None
+    seed: int
+    dtype: str = "float32"
+
+    def check_all(self) -> None:
+        _check_some("--engines", self.engines, list(ENGINES))
+        for engine in self.engines:
+            _check_choice("--engines", engine, list(ENGINES))
+        for option, values in (("--engines", self.engines), ("--processes", self.processes)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{option} is {','.join(map(str, values))}: name each once")
+        self._check_processes()
+        _check_choice("--method", self.method, METHODS)
+        check_rank(self.rank)
+        _check_sparsity(self.sparsity)
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"--device is {self.device!r}; expected cpu or cuda, of which each process takes one"
+            )
+
+    def cells(self) -> list[tuple[str, int]]:
+        """(engine, processes), each of them one row; the single engine is one process."""
+        return [(engine, n) for n in self.processes for engine in self.engines if engine != "single" or n == 1]
+
+    def _check_processes(self) -> None:
+        for count in self.processes:
+            if count < 1:
+                raise ValueError(f"--processes has {count}; expected numbers from 1 on, e.g. 1,2")
+            if self.batch_size % count:
+                raise ValueError(
+                    f"--batch-size is {self.batch_size}, which does not divide among {count} processes: choose a "
+                    "multiple"
+                )
+        if not self.cells():
+            raise ValueError(
+                f"--engines is single and --processes {','.join(map(str, self.processes))}: that engine is one "
+                "process; add 1 to --processes, or another engine"
+            )
+
+
+def method_settings(name: str, rank: int, *, sparsity: float, targets: str) -> dict[str, Any]:
+    """What a config says of one of METHODS."""
+    settings = {"name": name, "r": rank, "targets": targets}
+    return {**settings, "sparsity": sparsity} if name == "snell" else settings
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """ "1,2" as numbers."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.lstrip("-").isdigit() for part in parts):
+        raise ValueError(f"{option} is {text!r}; expected whole numbers between commas, e.g. 1,2")
+    return tuple(int(part) for part in parts)
+
+
 def check_rank(rank: int, *, smallest: int | None = None) -> None:
     """SNELL's rank is shared by its components, and no larger than the matrix."""
     if rank < NUM_COMPONENTS or rank % NUM_COMPONENTS:
@@ -141,6 +248,11 @@ def _check_choice(option: str, value: str, valid: Sequence[str]) -> None:
 def _check_some(option: str, values: Sequence[str], valid: Sequence[str]) -> None:
     if not values:
         raise ValueError(f"{option} is empty; valid: {', '.join(valid)}")
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"--sparsity is {sparsity}; expected a share of zeros in [0, 1)")
 
 
 def _check_device(device: str) -> None:

@@ -70,14 +70,7 @@ def samples_per_forward(batch_size: int, gradient_accumulation: int, world_size:
 
 def evaluation_batches(dataset: Dataset[Batch], batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
     """Every sample once, in order, as of epoch 0; the last batch may be smaller."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected at least 1")
-    total = num_samples(dataset)
-    keys = (
-        [(index, 0) for index in range(first, min(first + batch_size, total))]
-        for first in range(0, total, batch_size)
-    )
-    return _load(dataset, keys, num_workers)
+    return _load(dataset, _evaluation_keys(dataset, batch_size), num_workers)
 
 
 def evaluation_share(
@@ -88,11 +81,10 @@ def evaluation_share(
     All ranks get as many batches, for where weights are sharded a forward takes all of them: who has none left
     gets the first batch again, which does not count.
     """
-    num_batches = -(-num_samples(dataset) // batch_size)
-    own = islice(evaluation_batches(dataset, batch_size), rank, None, world_size)
-    yield from ((batch, True) for batch in own)
-    if num_batches % world_size and rank >= num_batches % world_size:
-        yield next(evaluation_batches(dataset, batch_size)), False
+    keys = _evaluation_keys(dataset, batch_size)
+    yield from ((batch, True) for batch in _load(dataset, keys[rank::world_size], num_workers=0))
+    if len(keys) % world_size and rank >= len(keys) % world_size:
+        yield next(_load(dataset, keys[:1], num_workers=0)), False
 
 
 def steps_per_epoch(dataset: Dataset[Batch], batch_size: int) -> int:
@@ -116,6 +108,14 @@ def num_samples(dataset: Dataset[Batch]) -> int:
 def collate(samples: list[Batch] | Batch) -> Batch:
     """Stack samples, unless the data set returned them stacked."""
     return samples if isinstance(samples, dict) else default_collate(samples)
+
+
+def _evaluation_keys(dataset: Dataset[Batch], batch_size: int) -> list[list[SampleKey]]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1")
+    total = num_samples(dataset)
+    firsts = range(0, total, batch_size)
+    return [[(index, 0) for index in range(first, min(first + batch_size, total))] for first in firsts]
 
 
 def _step_indices(

@@ -175,17 +175,17 @@ class Checkpoints:
 
     def _find_newest(self) -> tuple[Path, dict[str, Any]] | None:
         for folder in _newest_first(self._root):
-            problem = find_damage(folder)
+            problem = find_damage(folder, beat=self._ranks.beat)
             if problem is None:
                 return folder, _manifest(folder)
             print(f"skipping checkpoint {folder}: {problem}", file=sys.stderr)
         return None
 
 
-def find_damage(folder: Path, *, read: bool = True) -> str | None:
+def find_damage(folder: Path, *, read: bool = True, beat: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None where it is complete and unchanged.
 
-    read: compare the contents too, not only the sizes.
+    read: compare the contents too, not only the sizes. beat: called before each file.
     """
     try:
         files = _manifest(folder)["files"]
@@ -193,6 +193,7 @@ def find_damage(folder: Path, *, read: bool = True) -> str | None:
         return f"its {_MANIFEST} is missing or damaged ({error!r})"
     for name, expected in files.items():
         path = folder / name
+        beat()
         try:
             size = path.stat().st_size
             if size != expected["bytes"]:

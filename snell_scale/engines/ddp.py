@@ -34,10 +34,12 @@ class DdpEngine(TorchEngine):
 
     def _distribute(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         module.to(self.device)
+        # They are equal on every rank, or batch statistics, which are averaged after the step.
+        buffers = [name for name, _ in module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
         self._wrapped = DistributedDataParallel(
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,  # no second copy of the gradients
-            broadcast_buffers=False,  # equal on every rank, or batch statistics, which are averaged after a step
         )
         return self._wrapped

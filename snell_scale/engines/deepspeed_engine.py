@@ -25,7 +25,7 @@ from snell_scale.engines.deepspeed_json import (
     read_json,
     settings,
 )
-from snell_scale.engines.deepspeed_process import leave_deepspeed, load_deepspeed
+from snell_scale.engines.deepspeed_process import leave_deepspeed, load_deepspeed, register_held_parameters
 from snell_scale.engines.deepspeed_state import LossScale, load_state, state_writer
 from snell_scale.engines.distributed import DistributedConfig
 from snell_scale.engines.ranks import Ranks
@@ -160,6 +160,8 @@ class DeepSpeedEngine(TorchEngine):
         deepspeed = load_deepspeed(self.device)
         self._deepspeed = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._optimizer = self._deepspeed.optimizer
+        if self._config.zero_stage == 3:
+            register_held_parameters(module)
         self._statistics = trained_statistics(module)
         self._autocast_inside(module)
         self._tell_loss_scale()

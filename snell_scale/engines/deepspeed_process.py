@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
@@ -37,6 +38,21 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     with _nothing_compiled():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def register_held_parameters(module: nn.Module) -> None:
+    """Tell ZeRO-3 which modules compute with parameters of containers, which are never called themselves.
+
+    It finds that out by itself, but only where it has to gather one: that may be long after it has settled the
+    order of gathering, which then does not hold any more.
+    """
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+    for owner in module.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ParameterDict | nn.ParameterList):
+                for parameter in child.parameters():
+                    register_external_parameter(owner, parameter)
 
 
 def leave_deepspeed() -> None:

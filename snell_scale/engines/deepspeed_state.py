@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def state_writer(engine: Any, extra: Mapping[str, Tensor]) -> ShardWriter:
 
     def write(folder: Path, ranks: Ranks) -> list[Path]:
         root = folder / _FOLDER
-        engine.save_checkpoint(str(root), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        ranks.first(lambda: (root / _TAG).mkdir(parents=True))
+        with _raised_at_the_end(engine.checkpoint_engine):
+            engine.save_checkpoint(str(root), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         files = [path for path in sorted(root.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
         if ranks.is_first:
             torch.save({name: tensor.detach().cpu() for name, tensor in extra.items()}, folder / _EXTRA)
@@ -32,6 +35,27 @@ def state_writer(engine: Any, extra: Mapping[str, Tensor]) -> ShardWriter:
         return files
 
     return write
+
+
+@contextmanager
+def _raised_at_the_end(checkpoint_engine: Any) -> Iterator[None]:
+    """What its `save` raises in the block is raised after it: within, the other ranks wait for this one."""
+    save = checkpoint_engine.save
+    errors: list[OSError | RuntimeError] = []
+
+    def save_or_keep_error(*arguments: Any, **settings: Any) -> None:
+        try:
+            save(*arguments, **settings)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            errors.append(error)
+
+    checkpoint_engine.save = save_or_keep_error
+    try:
+        yield
+    finally:
+        del checkpoint_engine.save
+    if errors:
+        raise errors[0]
 
 
 @torch.no_grad()

@@ -26,6 +26,22 @@ _MEETINGS = itertools.count()
 class DistributedConfig(EngineConfig):
     """Settings of an engine that runs on as many processes as the launcher starts, or on one."""
 
+    name: str
+
+    def check(self) -> None:
+        super().check()
+        if self.device.startswith("cuda:"):
+            raise ValueError(
+                f"engine.device is {self.device!r}, but with engine.name={self.name} every rank takes the GPU of "
+                "its number; set it to cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if self.device != "cpu" and torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"the launcher started {local_rank + 1} or more processes on this machine, which shows "
+                f"{torch.cuda.device_count()} GPU(s); start one for each GPU, or set engine.device=cpu"
+            )
+
     @contextmanager
     def join(self) -> Iterator[Ranks]:
         """The processes of this run, while the block runs. No device is touched."""

@@ -7,8 +7,9 @@ every rank waits in a collective.
 
 import json
 import os
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +44,7 @@ class Ranks:
         self._store = store
         self.before_end: Callable[[Failure], None] = lambda failure: None
         self.step = 0
-        self.last_beat = time.monotonic()
+        self.num_beats = 0
 
     @property
     def is_first(self) -> bool:
@@ -89,8 +90,10 @@ class Ranks:
 
         return wait
 
-    def beat(self, step: int) -> None:
-        self.step, self.last_beat = step, time.monotonic()
+    def beat(self, step: int | None = None) -> None:
+        """This rank makes progress (and is at this step): a job in which no rank does is ended."""
+        self.step = self.step if step is None else step
+        self.num_beats += 1
 
     def twin(self) -> "Ranks":
         """The same ranks with a group of their own, for another thread to talk over."""
@@ -107,15 +110,12 @@ class Ranks:
             group=group,
         )
 
-    def tell_failure(self, status: str, message: str) -> None:
+    def tell_failure(self, failure: Failure) -> None:
         """Tell the other ranks why this one ends, unless another has told first. Never raises."""
         if self._store is None:
             return
-        try:
-            told = json.dumps({"rank": self.rank, "status": status, "message": message})
-            self._store.compare_set(_FAILURE, "", told)
-        except RuntimeError:
-            pass  # the store went with its host: the others notice that
+        with suppress(RuntimeError):  # the store went with its host: the others notice that
+            self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))
 
     def failure(self) -> Failure | None:
         """What a rank has told, or None; also None where the store is gone."""

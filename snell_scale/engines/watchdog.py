@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from snell_scale.engines.ranks import Ranks
 from snell_scale.exit_codes import EXIT_CODES, tell_launcher
@@ -29,7 +30,7 @@ _LAST_WORDS_SECONDS = 5.0
 
 @contextmanager
 def watched(ranks: Ranks, *, timeout_seconds: float) -> Iterator[Callable[[], None]]:
-    """While this thread is in the block: end the process after a failure, or without a beat for so long.
+    """While this thread is in the block: end the process after a failure, or without any rank's beat for so long.
 
     What it yields is called before a rank may leave for good, which the others would take for a failure.
 
@@ -58,6 +59,14 @@ def watched(ranks: Ranks, *, timeout_seconds: float) -> Iterator[Callable[[], No
         watching.join(_LAST_WORDS_SECONDS)
 
 
+class _Report(NamedTuple):
+    """number: tells a new one from one that was read before."""
+
+    number: int
+    num_beats: int
+    where: str
+
+
 class _Watchdog:
     """Two loops, each for a thread of its own, until `silent` or `over`; the first hears, the second acts."""
 
@@ -72,14 +81,16 @@ class _Watchdog:
         self._failure: Failure | None = None
         self._quiet_seconds = 0.0
         # What each rank last said of itself, and when that was heard.
-        self._reports: dict[int, tuple[str, float]] = {}
+        self._reports: dict[int, tuple[_Report, float]] = {}
+        self._beats_heard = 0
 
     def talk(self) -> None:
         """Say how far this rank is, hear how far the others are, until something failed."""
         number = 0
         while self._failure is None and not self.silent.is_set():
-            number += 1  # tells a new report from one that was read before
-            answered = self._ranks.tell_report(json.dumps([number, self._describe_self()]))
+            number += 1
+            report = _Report(number, self._ranks.num_beats, self._describe_self())
+            answered = self._ranks.tell_report(json.dumps(report))
             self._failure = self._ranks.failure() or (None if answered else self._store_is_gone())
             if self._quiet_seconds > 0:  # else nobody asks how the others are: the store has better to do
                 self._read_reports()
@@ -87,14 +98,14 @@ class _Watchdog:
 
     def watch(self) -> None:
         """End the process where the job has failed or stands still."""
-        beat, before = self._ranks.last_beat, time.monotonic()
+        beats, before = self._beats(), time.monotonic()
         while not self.over.wait(self._interval):
             now = time.monotonic()
             # A batch system may suspend a job for hours: time in which this thread stood still does not count.
             self._quiet_seconds += min(now - before, 2 * self._interval)
             before = now
-            if self._ranks.last_beat != beat:
-                beat, self._quiet_seconds = self._ranks.last_beat, 0.0
+            if self._beats() != beats:
+                beats, self._quiet_seconds = self._beats(), 0.0
             if self._quiet_seconds > self._timeout_seconds:
                 self._end_of_hanging()
             elif self._failure is not None:
@@ -105,8 +116,8 @@ class _Watchdog:
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         text = f"rank {self._ranks.rank} stands still here:\n{stack}"
         _within(_LAST_WORDS_SECONDS, partial(print, text, file=sys.stderr, flush=True))
-        failure = Failure(self._ranks.rank, "failed", self._describe_hanging())
-        _within(_LAST_WORDS_SECONDS, partial(self._ranks.tell_failure, failure.status, failure.message))
+        failure = Failure(self._ranks.rank, "failed", self._describe_hanging(), EXIT_CODES["failed"])
+        _within(_LAST_WORDS_SECONDS, partial(self._ranks.tell_failure, failure))
         self._end(failure, grace_seconds=0.0)
 
     def _end(self, failure: Failure, *, grace_seconds: float) -> None:
@@ -118,20 +129,26 @@ class _Watchdog:
         if self._ranks.is_first:
             _within(_LAST_WORDS_SECONDS, partial(self._ranks.before_end, failure))
         _within(_LAST_WORDS_SECONDS, sys.stdout.flush)
-        code = EXIT_CODES[failure.status]
+        code = failure.exit_code
         with suppress(OSError):
             code = tell_launcher(code)
         os._exit(code)
 
+    def _beats(self) -> tuple[int, int]:
+        """Of this rank, and of all as far as they were heard: while one makes progress the others wait for it."""
+        return self._ranks.num_beats, self._beats_heard
+
     def _read_reports(self) -> None:
         now = time.monotonic()
         for rank, report in self._ranks.reports().items():
-            if rank not in self._reports or self._reports[rank][0] != report:
-                self._reports[rank] = report, now
+            told = _Report(*json.loads(report))
+            if rank not in self._reports or self._reports[rank][0] != told:
+                self._reports[rank] = told, now
+        self._beats_heard = sum(report.num_beats for report, _ in self._reports.values())
 
     def _store_is_gone(self) -> Failure:
         message = "its process, or the launcher through which the ranks tell each other how they are, is gone"
-        return Failure(0, "failed", message)
+        return Failure(0, "failed", message, EXIT_CODES["failed"])
 
     def _describe_self(self) -> str:
         frame = self._frame()
@@ -157,7 +174,7 @@ class _Watchdog:
                 # The reports come every interval; two may be late on a busy machine.
                 silent = now - heard > 3 * self._interval
                 end = f" (no sign of life for {now - heard:.0f} s: frozen or gone)" if silent else ""
-                lines.append(f"rank {rank} {'was' if silent else 'is'} {json.loads(report)[1]}{end}")
+                lines.append(f"rank {rank} {'was' if silent else 'is'} {report.where}{end}")
         return (
             f"no progress for {self._timeout_seconds:g} s (engine.timeout_seconds): {'; '.join(lines)}. If such "
             "a pause is to be expected (compilation, a large save), raise engine.timeout_seconds; otherwise look "

@@ -35,8 +35,8 @@ class Sweep:
         self._runs = {run.config.name: run for run in planned}
         self._resources = resources
         self.folder = _folder_of(planned[0]).parent
-        self._standing = {name: _standing(run) for name, run in self._runs.items()}
         world_size = resources.processes_per_node * resources.num_nodes
+        self._standing = {name: _standing(run, world_size) for name, run in self._runs.items()}
         for run in planned:
             if world_size > 1 and run.config.engine.name == "single":
                 raise ValueError(
@@ -142,7 +142,7 @@ class Sweep:
         folder = _folder_of(run)
         if (folder / "result.json").is_file():
             return read_result(folder)
-        from snell_scale.run import blank_result
+        from snell_scale.attempt import blank_result
 
         log = self._hidden / f"{Path(name).name}.log"
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
@@ -166,5 +166,6 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "SLURM_" in word else shlex.quote(word)
 
 
-def _standing(run: PlannedRun) -> Result | None:
-    return find_finished(_folder_of(run), run.config, resume="auto", overwrite=False)
+def _standing(run: PlannedRun, world_size: int) -> Result | None:
+    folder = _folder_of(run)
+    return find_finished(folder, run.config, resume="auto", overwrite=False, world_size=world_size)

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from snell_scale import registry
+from snell_scale.attempt import blank_result
 from snell_scale.compare import PlannedRun, plan_study
 from snell_scale.config import to_dict
 from snell_scale.records import Status, write_result, write_yaml
-from snell_scale.run import blank_result
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from snell_scale.attempt import blank_result
 from snell_scale.records import Status
-from snell_scale.run import blank_result
 from snell_scale.sweep import command
 from snell_scale.sweep.executors import Resources
 from tests.sweep.planned import Call, folder_of, plan, record
