@@ -34,17 +34,22 @@ test: $(READY)
 
 # A real SLURM cluster of two nodes, torchrun's and DeepSpeed's launchers, Kubeflow's schema: some minutes, as root.
 test-cluster: $(READY) build/kubeflow
-	@if ! PATH="$$PATH:/usr/sbin" command -v slurmctld munged slurmd sbatch >/dev/null; then \
-	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	        echo "SLURM is missing. As root, on Debian or Ubuntu, this installs it: apt-get install slurm-wlm munge" >&2; \
-	        exit 1; \
-	    fi; \
-	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends slurm-wlm munge; \
-	fi
-	$(BIN)/python -m pytest -m cluster
+	@[ "$$(id -u)" = 0 ] || { echo "make test-cluster starts a SLURM cluster of its own: run it as root" >&2; exit 1; }
+	@missing=; for program in munged slurmctld slurmd sbatch srun scontrol; do \
+	    PATH="$$PATH:/usr/sbin:/sbin" command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	[ -z "$$missing" ] && exit; \
+	if ! command -v apt-get >/dev/null; then \
+	    echo "missing:$$missing. This installs them on Debian and Ubuntu: apt-get install slurm-wlm munge" >&2; exit 1; \
+	fi; \
+	echo "missing:$$missing. Installing slurm-wlm and munge"; \
+	apt-get update -q || echo "apt-get update failed: trying with the lists that are here" >&2; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 # The clients' models that the Kubernetes manifest is checked against; later ones of `kubernetes` are made otherwise.
-build/kubeflow:
+build/kubeflow: | $(READY)
+	rm -rf $@.partial
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input -q --target $@.partial \
 	    kubeflow-training==1.9.3 kubernetes==32.0.1
 	mv $@.partial $@

@@ -28,14 +28,14 @@ END
 }
 
 main() {
-    local options=(--no_local_rank) print=
+    local options=(--no_local_rank) print=''
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help) usage && exit 0 ;;
             --print) print=1 && shift ;;
-            --no_ssh | --no_ssh_check | --force_multi | --save_pid | --bind_cores_to_rank | --elastic_training)
+            --no_ssh | --no_ssh_check | --force_multi | --save_pid | --bind_cores_to_rank | -q | --quiet)
                 options+=("$1") && shift ;;
-            -*=*) options+=("$1") && shift ;;
+            --*=*) options+=("$1") && shift ;;
             -*)
                 [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
                 options+=("$1" "$2") && shift 2 ;;
@@ -43,16 +43,36 @@ main() {
         esac
     done
     [ $# -ge 1 ] || refuse "no CONFIG given; see --help"
-    refuse_overwrite "${@:2}"
+    check_run_arguments "${@:2}"
+    check_options "${options[@]}"
     # The deepspeed script's module: the script's folder may not be on the PATH.
     local command=(
         "$(find_python)" -m deepspeed.launcher.runner "${options[@]}" --module snell_scale.cli run "$@" --resume auto
     )
-    if [ -n "$print" ]; then
-        printf '%q ' "${command[@]}" && echo
-        exit 0
-    fi
+    [ -z "$print" ] || print_command "${command[@]}"
     supervise 75 "${command[@]}"
+}
+
+# What deepspeed passes over, and runs something else than was meant: another number of processes, or one alone.
+check_options() {
+    local option value by_hand=''
+    local -A given=()
+    while [ $# -gt 0 ]; do
+        option=${1%%=*} value=${2:-}
+        [[ $1 != *=* ]] || value=${1#*=}
+        given[$option]=1
+        case $option in
+            -H | --hostfile)
+                [ -f "$value" ] || refuse "$option is '$value', expected a file with one node a line: NAME slots=M" ;;
+            --num_gpus | --num_nodes) check_number "$option" "$value" 1 ;;
+            --no_ssh) by_hand=1 ;;
+        esac
+        shift
+    done
+    [ -n "$by_hand" ] || return 0
+    for option in --node_rank --master_addr --master_port; do
+        [ -n "${given[$option]:-}" ] || refuse "--no_ssh needs $option: see the example of two nodes in --help"
+    done
 }
 
 main "$@"

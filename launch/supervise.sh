@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: start a launcher's command, pass signals on to it, end as the run ended.
 
 # supervise INTERRUPTED_CODE COMMAND… : exits with the run's own code (INTERRUPTED_CODE in place of 75).
@@ -13,9 +14,6 @@ supervise() {
     # A batch system sends SIGUSR2 to every process of the job: for the workers it means "save and stop", and
     # whoever installs no handler of its own must outlive it.
     trap '' USR2
-    # A restarted group meets in a store of its own: torchrun would offer it the old one, where processes that
-    # are no more still have their addresses.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     set -m # a process group of its own, so that a signal reaches the command once, and all of it
     "$@" &
     set +m
@@ -34,8 +32,7 @@ supervise() {
 
 # The deepspeed launcher may end before its workers, which still save: at most a minute.
 _wait_for_group() {
-    local try
-    for try in $(seq 300); do
+    for _ in $(seq 300); do
         kill -0 -- "-$supervised" 2>/dev/null || return 0
         sleep 0.2
     done
@@ -65,23 +62,35 @@ find_python() {
     fi
 }
 
+# For --print: what the shell would run, quoted so that it can be pasted.
+print_command() {
+    local words
+    printf -v words ' %q' "$@"
+    echo "${words:1}"
+    exit 0
+}
+
 # Bad usage: one message and exit code 2, as the command line itself does.
 refuse() {
     echo "error: $*" >&2
     exit 2
 }
 
-refuse_unless_positive() {
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1 is '$2', expected a number of 1 or more"
+check_number() { # OPTION VALUE SMALLEST
+    [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] && [ "$2" -ge "$3" ] || refuse "$1 is '$2', expected a number of $3 or more"
 }
 
-# --overwrite would wipe the run at every restart. Call it with the arguments of `snell-scale run`.
-refuse_overwrite() {
+# What follows CONFIG is for `snell-scale run`. --overwrite would wipe the run at every restart.
+check_run_arguments() {
     local argument
     for argument in "$@"; do
         case $argument in
-            --overwrite) refuse "--overwrite does not go with a launcher, whose restarts would start over: delete the run's folder first" ;;
+            --overwrite)
+                refuse "--overwrite does not go with a launcher, whose restarts would start over:" \
+                    "delete the run's folder first" ;;
             --resume*) refuse "$argument: a launcher always adds --resume auto, so that a restart continues" ;;
+            --dry-run | --quiet) ;;
+            -*) refuse "$argument came after CONFIG: the launcher's own options come before it; see --help" ;;
         esac
     done
 }

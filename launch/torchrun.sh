@@ -13,7 +13,7 @@ engine.name=ddp (or fsdp2, deepspeed).
   --nproc-per-node M   processes on this node; auto (the default): one for each GPU, 1 without GPUs
   --nodes N            nodes of the run (1). With more, start this on every node with the same arguments
   --rendezvous H:P     where the nodes meet: a host of theirs, and a free port on it (with --nodes)
-  --id ID              name of this meeting, the same on every node (snell-scale)
+  --id ID              name of this meeting, the same on every node (made from CONFIG and its settings)
   --max-restarts K     times that a group with a crashed process is started again, from the newest checkpoint (3)
   --interrupted-code C exit code of a run that a signal stopped after saving (75)
   --print              show the command instead of running it
@@ -29,7 +29,7 @@ END
 }
 
 main() {
-    local nodes=1 processes=auto rendezvous= id=snell-scale restarts=3 interrupted_code=75 print=
+    local nodes='' processes=auto rendezvous='' id='' restarts=3 interrupted_code=75 print=''
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help) usage && exit 0 ;;
@@ -51,29 +51,35 @@ main() {
         shift 2
     done
     [ $# -ge 1 ] || refuse "no CONFIG given; see --help"
-    refuse_overwrite "${@:2}"
+    check_run_arguments "${@:2}"
+    [ -z "$rendezvous" ] || [ -n "$nodes" ] || refuse "--rendezvous is where several nodes meet: add --nodes N"
+    nodes=${nodes:-1}
     if [ "$processes" = auto ]; then
         processes=$(count_gpus)
         [ "$processes" != 0 ] || processes=1
     fi
-    refuse_unless_positive --nodes "$nodes"
-    refuse_unless_positive --nproc-per-node "$processes"
+    check_number --nodes "$nodes" 1
+    check_number --nproc-per-node "$processes" 1
+    check_number --max-restarts "$restarts" 0
+    check_number --interrupted-code "$interrupted_code" 0
 
     local meeting=(--standalone)
     if [ "$nodes" != 1 ]; then
-        [ -n "$rendezvous" ] || refuse "--nodes $nodes needs --rendezvous HOST:PORT, where the nodes meet"
+        [[ $rendezvous =~ .:[0-9]+$ ]] || refuse "--nodes $nodes needs --rendezvous HOST:PORT, where the nodes meet;" \
+            "it is '$rendezvous', e.g. node1:29400"
+        # Runs that meet on one port by mistake must not take each other's nodes for their own.
+        id=${id:-snell-scale-$(cksum <<<"$*" | cut -d ' ' -f 1)}
         meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
     fi
     local threads=$(($(nproc) / processes))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # A restarted group meets in a store of its own: torchrun would offer it the old one, where processes that
+    # are no more still have their addresses.
     local command=(
+        env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         "$(find_python)" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes"
         --max-restarts "$restarts" --module snell_scale.cli run "$@" --resume auto
     )
-    if [ -n "$print" ]; then
-        printf 'OMP_NUM_THREADS=%s' "$OMP_NUM_THREADS" && printf ' %q' "${command[@]}" && echo
-        exit 0
-    fi
+    [ -z "$print" ] || print_command "${command[@]}"
     supervise "$interrupted_code" "${command[@]}"
 }
 

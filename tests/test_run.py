@@ -1,11 +1,11 @@
 """Whole runs: their records, every method, resuming with identical losses, and every way a run can end."""
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from snell_scale import registry
 from snell_scale.assembly import assemble
 from snell_scale.config import Config
+from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleEngine
 from snell_scale.interfaces import Batch, StepOutput
 from snell_scale.records import MEMORY_CATEGORIES, read_result, read_steps
 from snell_scale.run import run
-from snell_scale.run_folder import locked
+from snell_scale.run_folder import check_same_everywhere, locked
 from snell_scale.tasks.classification import Classification
+from tests.stopping import stop_in_step
 
 MakeConfig = Callable[..., Config]
 
@@ -119,17 +121,8 @@ def test_a_signal_saves_and_the_run_continues_later(
     tiny: MakeConfig, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tiny("name=whole"), quiet=True)
-    original, count = SingleEngine.step, 0
-
-    def signalled(self: SingleEngine) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == 3:
-            os.kill(os.getpid(), number)
-        return original(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SingleEngine, "step", signalled)
+        stop_in_step(patch, 3, number)
         config = tiny("checkpoint.every_steps=null")
         result = run(config, quiet=True)
     assert (result.status, result.steps) == ("interrupted", 3)
@@ -168,6 +161,31 @@ def test_out_of_memory_is_a_result(tiny: MakeConfig, monkeypatch: pytest.MonkeyP
     assert (result.total_steps, result.steps) == (8, 0)
     assert result.trainable_parameters
     assert run(config, resume="auto", quiet=True).status == "oom"  # a result that stands is not tried again
+    monkeypatch.undo()
+    assert run(config, resume="auto", quiet=True).status == "oom"
+    # With another engine it may fit.
+    assert run(tiny("engine.name=fsdp2"), resume="auto", quiet=True).status == "ok"
+
+
+def test_ranks_of_different_configs_are_refused(tiny: MakeConfig) -> None:
+    class Two(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {**value, "training": {**value["training"], "lr": 1.0}}]
+
+    check_same_everywhere(tiny(), Ranks())
+    with pytest.raises(ValueError, match=r"rank 1 .* training\.lr\. Start all ranks with the same"):
+        check_same_everywhere(tiny(), Two())
+
+
+def test_overwriting_does_not_wipe_what_torchrun_restarts(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert run(tiny(), overwrite=True, quiet=True).status == "interrupted"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run(tiny(), overwrite=True, quiet=True)
+    assert (result.status, result.resumed_from_steps) == ("ok", (3,))
 
 
 def test_any_other_failure_is_recorded_and_raised(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Engines of several processes: how they join, and how they part."""
 
 import gc
-import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from snell_scale.engines.watchdog import watched
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # How much longer than the watchdog a collective waits: the watchdog knows who hangs, and says so first.
 _PATIENCE_SECONDS = 30.0
-_MEETINGS = itertools.count()
+_FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class DistributedConfig(EngineConfig):
@@ -82,7 +81,14 @@ def _copy(store: Any) -> dist.Store:
 @contextmanager
 def _environment_of_one() -> Iterator[None]:
     """Without a launcher: the variables that make this process a group of one."""
-    if launched_world_size() > 1 or "RANK" in os.environ:
+    given = [name for name in _FROM_LAUNCHER if name in os.environ]
+    if "RANK" in given or launched_world_size() > 1:
+        missing = [name for name in _FROM_LAUNCHER if name not in given]
+        if missing:
+            raise ValueError(
+                f"the environment has {', '.join(given)}, but not {', '.join(missing)}: start through a launcher "
+                "(launch/README.md), which sets all of them, or unset them for one process"
+            )
         yield
         return
     with socket.socket() as free:

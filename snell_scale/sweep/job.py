@@ -26,11 +26,14 @@ _ENDED_WITH_A_RESULT = tuple(EXIT_CODES[status] for status in ("ok", "oom", "div
 # it would kill torchrun's agent, and a run that is still importing.
 _OUTLIVE_SIGUSR2 = ("sh", "-c", "trap '' USR2; exec \"$@\"", "sh")
 _MAX_RESTARTS = 3  # of a group with a crashed process, by torchrun, from the newest checkpoint
+# No restarted group meets in the store of the one before: launch/torchrun.sh says why.
+_FRESH_STORES = ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_SIGNALS = 1.0
 
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+# Those of launch/slurm.sbatch: jobs of either kind have other numbers, so other ports.
+_FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Meeting:
             id=f"{job}-{environment.get('SLURM_RESTART_COUNT', '0')}",
             # srun is called in the batch script, so it is called on the first node.
             address=environment["SLURM_LAUNCH_NODE_IPADDR"],
-            port=str(_FIRST_PORT + int(job) % _NUM_PORTS),  # jobs that share a node have other numbers
+            port=str(_FIRST_PORT + int(job) % _NUM_PORTS),
             is_first=environment["SLURM_NODEID"] == "0",
         )
 
@@ -123,7 +126,7 @@ class RunJob:
             ]
         processes = [f"--nproc-per-node={self.processes_per_node}", f"--max-restarts={_MAX_RESTARTS}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *where, *processes]
-        return [*torchrun, "--module", "snell_scale.cli", *run]
+        return [*_FRESH_STORES, *torchrun, "--module", "snell_scale.cli", *run]
 
     def checkpoint(self) -> "DelayedSubmission":
         """Called by submitit before a time limit or preemption: stop the run; what to call the next time."""

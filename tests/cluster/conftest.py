@@ -23,7 +23,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
     """The run on two processes that nothing interrupted: what every other one must arrive at."""
     run = LaunchedRun(tmp_path_factory.mktemp("whole"))
     launcher = run.start("torchrun.sh", "--nproc-per-node", "2")
-    assert launcher.wait(timeout=120) == 0, (run.root / "log").read_text()
+    assert launcher.wait(timeout=300) == 0, (run.root / "log").read_text()
     return run
 
 

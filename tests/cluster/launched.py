@@ -56,7 +56,7 @@ class LaunchedRun:
         with (self.root / log).open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment(), cwd=self.root)
 
-    def wait_for_step(self, step: int, *, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, *, seconds: float = 300) -> None:
         def reached() -> bool:
             lines = read_steps(self.folder) if (self.folder / "steps.jsonl").exists() else []
             return bool(lines) and lines[-1]["step"] >= step
@@ -94,7 +94,7 @@ class LaunchedRun:
 
 def environment() -> dict[str, str]:
     """This process's environment without what an outer job or launcher left in it."""
-    outer = ("SLURM_", "SBATCH_", "PET_", "TORCHELASTIC_", "SNELL_SCALE_", "OMP_NUM_THREADS")
+    outer = ("SLURM_", "SBATCH_", "PET_", "TORCH", "TRITON_CACHE", "SNELL_SCALE_", "OMP_NUM_THREADS")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     return kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 

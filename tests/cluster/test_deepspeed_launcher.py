@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.launched import STEPS, LaunchedRun, free_port
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]  # every wait below has a limit of its own
 
 
 def start(run: LaunchedRun) -> list[subprocess.Popen[bytes]]:
@@ -23,12 +23,12 @@ def test_sigterm_saves_on_both_nodes_and_the_same_command_continues(
     nodes = start(launched)
     launched.wait_for_step(15)
     nodes[1].send_signal(signal.SIGTERM)
-    assert [node.wait(timeout=120) for node in nodes] == [75, 75]
+    assert [node.wait(timeout=300) for node in nodes] == [75, 75]
     stopped = launched.result()
     assert stopped.status == "interrupted"
     launched.assert_no_process()
 
-    assert [node.wait(timeout=120) for node in start(launched)] == [0, 0]
+    assert [node.wait(timeout=300) for node in start(launched)] == [0, 0]
     result = launched.result()
     assert (result.world_size, result.steps, result.resumed_from_steps) == (2, STEPS, [stopped.steps])
     # The launcher is another, the engine (ddp) is not: the losses are equal bit by bit.
@@ -37,5 +37,5 @@ def test_sigterm_saves_on_both_nodes_and_the_same_command_continues(
 
 def test_deepspeeds_own_engine_starts_under_it(launched: LaunchedRun) -> None:
     run = LaunchedRun(launched.root, ("engine.name=deepspeed", "engine.zero_stage=1", "training.steps=8"))
-    assert [node.wait(timeout=180) for node in start(run)] == [0, 0], (run.root / "log.0").read_text()
+    assert [node.wait(timeout=300) for node in start(run)] == [0, 0], (run.root / "log.0").read_text()
     assert (run.result().status, run.result().engine, run.result().world_size) == ("ok", "deepspeed zero-1", 2)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from snell_scale.data.batches import StepBatches, evaluation_batches, steps_per_epoch, training_batches
+from snell_scale.data.batches import (
+    StepBatches,
+    evaluation_batches,
+    evaluation_share,
+    steps_per_epoch,
+    training_batches,
+)
 from snell_scale.interfaces import Batch, SampleKey
 
 
@@ -113,6 +119,27 @@ def test_evaluation_counts_every_sample_once_in_order(batch_size: int) -> None:
     keys = torch.cat([b["key"] for b in evaluation_batches(Numbers(10), batch_size)])
     assert keys[:, 0].tolist() == list(range(10))
     assert keys[:, 1].tolist() == [0] * 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_a_rank_reads_its_own_share_of_an_evaluation_only(batch_size: int) -> None:
+    shares = []
+    for rank in range(3):
+        dataset = CountedNumbers(10)
+        share = list(evaluation_share(dataset, batch_size, rank=rank, world_size=3))
+        assert dataset.num_read == sum(len(batch["key"]) for batch, _ in share)
+        shares.append(share)
+    assert len({len(share) for share in shares}) == 1
+    counted = [batch["key"][:, 0] for share in shares for batch, counts in share if counts]
+    assert torch.cat(counted).sort().values.tolist() == list(range(10))
+
+
+class CountedNumbers(Numbers):
+    num_read = 0
+
+    def __getitem__(self, key: SampleKey) -> Batch:
+        self.num_read += 1
+        return super().__getitem__(key)
 
 
 def test_steps_per_epoch_counts_whole_batches() -> None:

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from snell_scale.engines.ddp import DdpConfig
 from snell_scale.engines.meeting import meet, name_attempt
 
 _WORLD_SIZE = 3
@@ -68,3 +70,24 @@ def test_the_message_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"rank 1 .*engine\.timeout_seconds.* at 127\.0\.0\.1:9 .*Start all 2"):
         meet(1.0)
+
+
+def test_half_of_a_launchers_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = r"has WORLD_SIZE, but not RANK, MASTER_ADDR, MASTER_PORT: start"
+    with pytest.raises(ValueError, match=expected), DdpConfig(device="cpu").join():
+        pytest.fail("joined")
+
+
+def test_more_processes_than_gpus_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    DdpConfig(device="auto").check()
+    with pytest.raises(ValueError, match=r"'cuda:1', but with engine.name=ddp .* CUDA_VISIBLE_DEVICES"):
+        DdpConfig(device="cuda:1").check()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"started 3 or more processes .* shows 2 GPU"):
+        DdpConfig(device="auto").check()
+    DdpConfig(device="cpu").check()

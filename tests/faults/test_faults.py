@@ -19,14 +19,21 @@ _TIMEOUT_SECONDS = 4
 _LONGEST_SECONDS = 150.0
 _HANGING = [f"engine.timeout_seconds={_TIMEOUT_SECONDS}"]
 _AT_A_TIME = 4
+_ZERO3 = ["engine.name=deepspeed", "engine.zero_stage=3"]
 # name → (faults, settings, a rank that ends by no means of its own)
 _SCENARIOS: dict[str, tuple[list[Fault], list[str], int | None]] = {
     "whole": ([], [], None),
     "out-of-memory": ([Fault("out of memory", 1)], [], None),
     "out-of-memory-unheard": ([Fault("out of memory", 1), Fault("deaf", 0)], [], None),
+    "out-of-memory-fsdp2": ([Fault("out of memory", 1)], ["engine.name=fsdp2"], None),
+    "out-of-memory-zero3": ([Fault("out of memory", 1)], _ZERO3, None),
     "diverged": ([Fault("not finite", 1)], [], None),
+    "diverged-fsdp2": ([Fault("not finite", 1)], ["engine.name=fsdp2"], None),
+    "diverged-zero3": ([Fault("not finite", 1)], _ZERO3, None),
     "bug": ([Fault("bug", 1)], [], None),
+    "refused": ([Fault("refuse", 1)], [], None),
     "disk-full": ([Fault("disk full", 1)], [], None),
+    "disk-full-zero3": ([Fault("disk full", 1)], _ZERO3, None),
     "killed": ([Fault("kill", 0)], [], None),
     "killed-unheard": ([Fault("kill", 0), Fault("deaf", 1)], [], None),
     "sleeping": ([Fault("sleep", 1)], _HANGING, None),
@@ -68,7 +75,9 @@ def test_without_a_fault_both_end_well(ended: dict[str, Ended], runs: Path) -> N
     assert "TCPStore" not in "".join(ended["whole"].output)  # no rank talks to one that has left
 
 
-@pytest.mark.parametrize("name", ["out-of-memory", "out-of-memory-unheard"])
+@pytest.mark.parametrize(
+    "name", ["out-of-memory", "out-of-memory-unheard", "out-of-memory-fsdp2", "out-of-memory-zero3"]
+)
 def test_out_of_memory_on_one_rank_is_a_result_of_both(ended: dict[str, Ended], runs: Path, name: str) -> None:
     assert ended[name].codes == [3, 3], ended[name].output
     record = _record(runs, name)
@@ -78,13 +87,16 @@ def test_out_of_memory_on_one_rank_is_a_result_of_both(ended: dict[str, Ended], 
     assert (record.steps, record.total_steps) == (3, 8)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_both(ended: dict[str, Ended], runs: Path) -> None:
-    assert ended["diverged"].codes == [4, 4]
-    record = _record(runs, "diverged")
+@pytest.mark.parametrize("name", ["diverged", "diverged-fsdp2", "diverged-zero3"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(ended: dict[str, Ended], runs: Path, name: str) -> None:
+    assert ended[name].codes == [4, 4], ended[name].output
+    record = _record(runs, name)
     assert record.status == "diverged"
     assert record.divergence is not None
     assert record.divergence["step"] == 4
-    assert record.divergence["parameters"]
+    # DeepSpeed leaves out a step whose gradients are not finite: no parameter is broken.
+    assert bool(record.divergence["parameters"]) == (name != "diverged-zero3")
+    assert record.divergence["groups"]
 
 
 def test_a_bug_on_one_rank_ends_the_other_with_its_message(ended: dict[str, Ended], runs: Path) -> None:
@@ -95,15 +107,23 @@ def test_a_bug_on_one_rank_ends_the_other_with_its_message(ended: dict[str, Ende
     assert _record(runs, "bug").message == "rank 1: KeyError: 'a bug'"
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(ended: dict[str, Ended], runs: Path) -> None:
-    assert ended["disk-full"].codes == [2, 2]
-    record = _record(runs, "disk-full")
+def test_what_one_rank_refuses_has_the_exit_code_of_both(ended: dict[str, Ended], runs: Path) -> None:
+    """So that a launcher that starts crashed ranks again does not start these."""
+    assert ended["refused"].codes == [2, 2], ended["refused"].output
+    assert "ended because rank 1 failed: ValueError: a bad value" in ended["refused"].output[0]
+    assert _record(runs, "refused").message == "rank 1: ValueError: a bad value"
+
+
+@pytest.mark.parametrize("name", ["disk-full", "disk-full-zero3"])
+def test_a_full_disk_leaves_the_checkpoint_before(ended: dict[str, Ended], runs: Path, name: str) -> None:
+    assert ended[name].codes == [2, 2], ended[name].output
+    record = _record(runs, name)
     assert (record.status, record.steps) == ("failed", 4)
-    for text in (*ended["disk-full"].output, record.message or ""):
+    for text in (*ended[name].output, record.message or ""):
         assert "[Errno 28] No space left on device" in text
         assert "rank 1" in text
         assert "step 4" in text
-    checkpoints = runs / "disk-full" / "checkpoints"
+    checkpoints = runs / name / "checkpoints"
     assert [folder.name for folder in checkpoints.iterdir()] == ["step-00000002"]
     assert find_damage(checkpoints / "step-00000002") is None
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sklearn.datasets
 import torch
@@ -94,11 +94,23 @@ def _bug(output: StepOutput) -> StepOutput:
     raise KeyError("a bug")
 
 
+def _refuse(output: StepOutput) -> StepOutput:
+    raise ValueError("a bad value")
+
+
 def _disk_full(output: StepOutput) -> StepOutput:
+    """For our own files, and for those that DeepSpeed writes with torch.save."""
+
     def full(path: Path, content: memoryview) -> None:
         path.write_bytes(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
+    def full_too(content: Any, file: Any, **settings: Any) -> None:
+        if isinstance(file, str | Path):
+            full(Path(file), memoryview(b"half of it"))
+        save(content, file, **settings)
+
+    save, torch.save = torch.save, full_too
     checkpoint._write_file = full
     return output
 
@@ -118,6 +130,7 @@ _FAULTS: dict[str, Callable[[StepOutput], StepOutput]] = {
     "out of memory": _out_of_memory,
     "not finite": _not_finite,
     "bug": _bug,
+    "refuse": _refuse,
     "disk full": _disk_full,
     "deaf": _deaf,
 }

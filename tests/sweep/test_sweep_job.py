@@ -16,7 +16,7 @@ def test_printed_meeting_is_the_one_of_the_job() -> None:
     job = RunJob(Path("c.yaml"), {}, Path("c.log"), Path(), processes_per_node=2, num_nodes=2)
     variables = {"SLURM_JOB_ID": "40123", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_NODEID": "0"}
     words = job.command(Meeting.from_slurm(variables))
-    assert "--rdzv-endpoint=10.0.0.1:20123" in words
+    assert "--rdzv-endpoint=10.0.0.1:10123" in words
     assert "--rdzv-conf=is_host=1" in words
     shown = " ".join(f'"{word}"' for word in job.command(Meeting.in_shell()))
     script = f"printf '%s\\n' {shown}"
@@ -26,6 +26,18 @@ def test_printed_meeting_is_the_one_of_the_job() -> None:
     assert set(others) ^ set(words) == {
         "--rdzv-conf=is_host=0", "--rdzv-conf=is_host=1", "--local-addr=10.0.0.1",
     }  # fmt: skip
+
+
+def test_torchrun_is_told_to_make_a_store_for_every_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tests/cluster sees torchrun heed the variable.
+    torchrun = tmp_path / "python"
+    torchrun.write_text('#!/bin/sh\necho "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $2"\n')
+    torchrun.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(torchrun))
+    RunJob(Path("c.yaml"), {}, tmp_path / "c.log", tmp_path, processes_per_node=2, num_nodes=1)()
+    assert (tmp_path / "c.log").read_text() == "1 torch.distributed.run\n"
 
 
 class Script(RunJob):

@@ -11,14 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from torch import Tensor
 
 from analysis.load import load_runs
 from snell_scale import registry
 from snell_scale.compare import plan_study
-from snell_scale.engines.single import SingleEngine
 from snell_scale.records import read_result, read_steps
 from snell_scale.run import run
+from tests.stopping import stop_in_step
 from tests.sweep.planned import Call, folder_of, record
 
 
@@ -51,20 +50,6 @@ def test_runs_of_every_kind(tiny_file: Path, snell: Call, monkeypatch: pytest.Mo
     assert out.count("s/broken") >= 2  # while it ran, and in the table
     study = folder_of(runs[0]).parent
     assert load_runs([study])["name"].tolist() == ["s/broken", "s/done", "s/interrupted", "s/oom"]
-
-
-def stop_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """SIGTERM to this process in that step of its next run."""
-    original, count = SingleEngine.step, 0
-
-    def signalled(self: SingleEngine) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(SingleEngine, "step", signalled)
 
 
 def start_long_sweep(tiny_file: Path, *, seeds: str) -> subprocess.Popen[bytes]:
