@@ -61,6 +61,7 @@ def bench_engines(
 ) -> Findings:
     """One row per cell; ValueError for what no run could do. The cells take turns, a whole run each time."""
     findings = Findings() if findings is None else findings
+    findings.memory_source = "live tensors of the measured step, on the rank with the most (result.json)"
     cells = [_Cell(engine, n, _config(settings, engine, n)) for engine, n in settings.cells()]
     _check(settings, cells)
     interrupted, done = False, 0

@@ -71,7 +71,7 @@ class DeepSpeedConfig(DistributedConfig):
             ),
             "training.compile": (
                 config.training.compile,
-                "DeepSpeed's hooks do not compile; set it to false, or engine.name to ddp or fsdp2",
+                "DeepSpeed's hooks do not compile; set it to false, or engine.name to ddp",
             ),
             "checkpoint.asynchronous": (
                 config.checkpoint.asynchronous,

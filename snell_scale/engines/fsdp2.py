@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from snell_scale.config import Config
 from snell_scale.engines.distributed import DistributedConfig
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.torch_engine import TorchEngine
@@ -38,6 +39,13 @@ class Fsdp2Config(DistributedConfig):
         if self.precision == "fp16":
             raise ValueError("engine.precision=fp16 does not go with fsdp2; use bf16, or engine.name=ddp")
         return self
+
+    def check_run(self, config: Config) -> None:
+        if config.training.compile:
+            raise ValueError(
+                "training.compile does not go with engine.name=fsdp2: what is compiled would have to include the "
+                "gathering of the weights; set it to false, or engine.name=ddp"
+            )
 
     def build(self, ranks: Ranks) -> "Fsdp2Engine":
         """ValueError where the ranks cannot be divided into `replicas` groups."""

@@ -172,7 +172,7 @@ def test_what_the_config_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None
     ("stage", "setting", "advice"),
     [
         (3, "training.ema_decay=0.9", "zero_stage to 1 or 2"),
-        (2, "training.compile=true", "engine.name to ddp or fsdp2"),
+        (2, "training.compile=true", "engine.name to ddp"),
         (2, "checkpoint.asynchronous=true", "set it to false"),
     ],
 )

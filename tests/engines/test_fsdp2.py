@@ -1,5 +1,6 @@
 """FSDP2 on two processes trains as one process does, and keeps equal parts of everything on each."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from snell_scale.assembly import assemble
+from snell_scale.config import Config
 from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig
@@ -35,6 +38,11 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 def test_fp16_is_refused():
     with pytest.raises(ValidationError, match="use bf16"):
         Fsdp2Config(device="cpu", precision="fp16")
+
+
+def test_compilation_is_refused(tiny: Callable[..., Config]):
+    with pytest.raises(ValueError, match=r"training.compile .*engine.name=ddp"):
+        assemble(tiny("engine.name=fsdp2", "training.compile=true"))
 
 
 def test_replicas_must_divide_the_ranks():
