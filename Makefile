@@ -29,8 +29,9 @@ demo: $(READY)
 studies: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/studies.sh
 
+# A module stays on one worker: many share one start of several processes.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not cluster"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not cluster"
 
 # A real SLURM cluster of two nodes, torchrun's and DeepSpeed's launchers, Kubeflow's schema: some minutes, as root.
 test-cluster: $(READY) build/kubeflow

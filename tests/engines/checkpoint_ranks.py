@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from snell_scale.engines.checkpoint import Checkpoints
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.shards import read_shards, shard_writer
-from tests.two_ranks import WORLD_SIZE, run_two_ranks
+from tests.spawned import WORLD_SIZE, run_ranks
 
 ALONE = {"world_size": 1}
 BOTH = {"world_size": WORLD_SIZE}
@@ -59,7 +59,7 @@ def start(folder: Path) -> list[dict[str, Any]]:
     """Run the parts; returns the answers of each rank."""
     alone = Checkpoints(folder / "alone", Ranks(), keep_last=2)
     save(alone, 1, whole_state(1), layout=ALONE, rank=0)
-    run_two_ranks(_work, str(folder), seconds=_DEADLINE_SECONDS)
+    run_ranks(_work, str(folder), seconds=_DEADLINE_SECONDS)
     return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

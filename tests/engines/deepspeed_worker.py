@@ -24,7 +24,7 @@ from tests.engines.fsdp2_cases import (
     train,
     train_batch_norm,
 )
-from tests.two_ranks import WORLD_SIZE
+from tests.spawned import WORLD_SIZE, set_rank
 
 STAGES = (1, 2, 3)
 HARD_CASE = "snell clipped, accumulated"
@@ -59,8 +59,7 @@ def run(rank: int, ports: Sequence[int], folder: Path, *, keys: Collection[Key])
     first = [key for key in jobs() if key in keys and key != SECOND_RUN]
     told: dict[Any, Any] = {}
     for wanted, port in zip((first, [SECOND_RUN]), ports, strict=True):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "MASTER_PORT": port}
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
+        set_rank(rank, WORLD_SIZE, port)
         with DeepSpeedConfig(device="cpu", cpu_threads=1, timeout_seconds=240).join() as ranks:
             told |= {key: jobs()[key](ranks, folder) for key in wanted}
         told["linear is torch's"] = nn.functional.linear is linear

@@ -1,6 +1,5 @@
 """What each of two processes does and sees under FSDP2, written to a file for the assertions."""
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +12,10 @@ from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.engines.ranks import Ranks
 from snell_scale.interfaces import Engine
 from tests.engines.fsdp2_cases import CASES, STEPS, make_batch, set_up, train, train_batch_norm
-from tests.two_ranks import WORLD_SIZE
+from tests.spawned import WORLD_SIZE, set_rank
 
 SECONDS = 240
+GRID_SIZE = 4
 HARD_CASE = "snell clipped, accumulated"
 RESUMED_CASE = "snella clipped, accumulated"
 FIRST_STEPS, OTHER_STEPS = STEPS[:3], STEPS[3:]
@@ -23,10 +23,17 @@ FIRST_STEPS, OTHER_STEPS = STEPS[:3], STEPS[3:]
 
 def run(rank: int, port: int, folder: Path) -> None:
     """The whole life of one process; writes rank<n>.pt."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
+    set_rank(rank, WORLD_SIZE, port)
     with Fsdp2Config(device="cpu", cpu_threads=1, timeout_seconds=SECONDS).join() as ranks:
         torch.save(_observe(ranks, folder / "checkpoint"), folder / f"rank{rank}.pt")
+
+
+def run_grid(rank: int, port: int, folder: Path) -> None:
+    """One process of four: two replicas of the model, each in two parts. Writes grid<n>.pt."""
+    set_rank(rank, GRID_SIZE, port)
+    with Fsdp2Config(device="cpu", cpu_threads=1, timeout_seconds=SECONDS).join() as ranks:
+        told = {name: train(_engine(ranks, replicas=2), CASES[name]) for name in (HARD_CASE, RESUMED_CASE)}
+        torch.save(told, folder / f"grid{rank}.pt")
 
 
 def _observe(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:

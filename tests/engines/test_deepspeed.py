@@ -24,7 +24,7 @@ from tests.engines.deepspeed_worker import (
     train_masked,
 )
 from tests.engines.fsdp2_cases import CASES, NUM_STEPS, mask_of, train, train_batch_norm
-from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
+from tests.spawned import WORLD_SIZE, free_ports, run_ranks
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
 # most lr/eps = 10 times the difference of its gradients, themselves below 1e-7; five steps. Seen: 3e-7.
@@ -33,7 +33,6 @@ ROUNDING = 2e-6
 SECONDS = 250
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +209,7 @@ def _run(folder: Path, keys: set[Key]) -> Path:
     run = partial(deepspeed_worker.run, keys=keys)
     try:
         # A port for each run: the store of the first still listens when the second starts.
-        run_two_ranks(run, free_ports(2), folder, seconds=SECONDS)
+        run_ranks(run, free_ports(2), folder, seconds=SECONDS)
     finally:
         print(*(path.read_text() for path in folder.glob("*.log")))
     return folder

@@ -47,7 +47,6 @@ LARGEST_TOLERANCE = 5 * 5e-3
 CHOSEN = ("snell_sparsity", "#indices")  # what SNELLA allocated and GPS selected: equal, not close
 
 CASES = [(engine, method) for engine in ENGINES for method in METHODS]
-pytestmark = pytest.mark.xdist_group("equality")
 
 
 def write_config(folder: Path, engine: str, method: str) -> Path:

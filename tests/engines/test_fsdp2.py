@@ -15,8 +15,8 @@ from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig
 from tests.engines import fsdp2_worker
 from tests.engines.fsdp2_cases import CASES, train, train_batch_norm
-from tests.engines.fsdp2_worker import HARD_CASE, OTHER_STEPS, RESUMED_CASE, SECONDS
-from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
+from tests.engines.fsdp2_worker import GRID_SIZE, HARD_CASE, OTHER_STEPS, RESUMED_CASE, SECONDS
+from tests.spawned import WORLD_SIZE, free_ports, run_ranks
 
 # Sums in float32 in another order: a few roundings (6e-8) of sums of terms up to 1. A step moves a weight by at
 # most lr/eps = 10 times the difference of its gradients, themselves below 1e-7; five steps. Seen: 2e-7.
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    run_two_ranks(fsdp2_worker.run, *free_ports(1), folder, seconds=SECONDS)
+    run_ranks(fsdp2_worker.run, *free_ports(1), folder, seconds=SECONDS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
@@ -48,6 +48,16 @@ def test_compilation_is_refused(tiny: Callable[..., Config]):
 def test_replicas_must_divide_the_ranks():
     with pytest.raises(ValueError, match=r"engine.replicas=3 does not divide the 4 rank"):
         Fsdp2Config(device="cpu", replicas=3).build(Ranks(world_size=4))
+
+
+@pytest.mark.slow
+def test_replicas_in_parts_train_as_one_process_does(tmp_path: Path):
+    """Two replicas on four ranks: norms are of the parts of one replica, gradients means over all ranks."""
+    run_ranks(fsdp2_worker.run_grid, *free_ports(1), tmp_path, seconds=SECONDS, world_size=GRID_SIZE)
+    grid = [torch.load(tmp_path / f"grid{rank}.pt") for rank in range(GRID_SIZE)]
+    for name in (HARD_CASE, RESUMED_CASE):
+        _assert_same(grid[0][name], _alone(name))
+        assert all(told[name]["losses"] == grid[0][name]["losses"] for told in grid)
 
 
 @pytest.mark.parametrize("name", ["batch norm", "batch norm, ddp"])

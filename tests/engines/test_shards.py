@@ -13,7 +13,7 @@ from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.shards import read_shards, shard_writer
 from tests.engines import checkpoint_ranks
 from tests.engines.checkpoint_ranks import whole_state
-from tests.two_ranks import WORLD_SIZE
+from tests.spawned import WORLD_SIZE
 
 NAMES = sorted(whole_state(0))
 BOTH_RANKS = range(WORLD_SIZE)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 
 from tests.faults.worker import Fault, work
-from tests.two_ranks import free_ports
+from tests.spawned import free_ports
 
 
 class Ended(NamedTuple):

@@ -12,8 +12,6 @@ from snell_scale.records import Result, read_result
 from tests.faults.ranks_by_hand import Ended, RanksByHand
 from tests.faults.worker import Fault
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 _TIMEOUT_SECONDS = 4
 # Of a run that ends by itself: all of them share the cores, and start with 5 s of imports.
 _LONGEST_SECONDS = 150.0

@@ -9,8 +9,6 @@ from snell_scale.records import Result, read_result, read_steps
 from tests.faults.ranks_by_hand import Ended, RanksByHand
 from tests.faults.worker import Fault
 
-pytestmark = pytest.mark.xdist_group("preemption")
-
 _LONGEST_SECONDS = 150.0  # of any of these, when they share the cores with others
 _AT_A_TIME = 4
 _NO_DROPOUT = "model.arguments.proj_drop_rate=0.0"

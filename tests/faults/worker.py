@@ -20,6 +20,7 @@ from snell_scale.engines.ddp import DdpEngine
 from snell_scale.interfaces import Batch, StepOutput
 from snell_scale.run import run
 from snell_scale.tasks.classification import Classification
+from tests.spawned import set_rank
 
 # Imported once, for all ranks that are forked from here.
 IMPORTED = (
@@ -44,8 +45,7 @@ def work(
 ) -> None:
     """`snell-scale ARGUMENTS` as one rank of so many; what it prints goes into `log`."""
     rank, world_size = rank_of
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    set_rank(rank, world_size, port)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from snell_scale.instrument.communication import CommunicationCounter
 from snell_scale.instrument.memory import MemoryProbe
-from tests.two_ranks import WORLD_SIZE
+from tests.spawned import WORLD_SIZE, set_rank
 
 NUM_FLOATS = 10
 WIDTH = 8
@@ -39,8 +39,8 @@ _DEEPSPEED = {
 
 def run(rank: int, folder: Path, port: int) -> None:
     """One of two processes: counts everything below into <folder>/<rank>.json."""
-    os.environ.update({"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)})
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    set_rank(rank, WORLD_SIZE, port)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {

@@ -10,7 +10,7 @@ from torch import nn
 from snell_scale.instrument.communication import _COLLECTIVES, _NAMESPACES, _WITHOUT_PAYLOAD
 from tests.instrument import communication_cases
 from tests.instrument.communication_cases import ODD, WIDTH, make_model
-from tests.two_ranks import WORLD_SIZE, free_ports, run_two_ranks
+from tests.spawned import WORLD_SIZE, free_ports, run_ranks
 
 Found: TypeAlias = list[dict[str, Any]]
 
@@ -47,7 +47,7 @@ _POINT_TO_POINT = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each of the two ranks counted."""
     folder = tmp_path_factory.mktemp("communication")
-    run_two_ranks(communication_cases.run, folder, *free_ports(1), seconds=SECONDS)
+    run_ranks(communication_cases.run, folder, *free_ports(1), seconds=SECONDS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

@@ -1,5 +1,6 @@
-"""Both ranks of a test, started together and ended with it."""
+"""The ranks of a test, started together and ended with it."""
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from torch.multiprocessing.spawn import spawn
 WORLD_SIZE = 2
 
 
-def run_two_ranks(work: Callable[..., None], *arguments: Any, seconds: float) -> None:
-    """`work(rank, *arguments)` in two processes; raises what one of them raised, and leaves none behind."""
-    context = spawn(work, args=arguments, nprocs=WORLD_SIZE, join=False)
+def run_ranks(work: Callable[..., None], *arguments: Any, seconds: float, world_size: int = WORLD_SIZE) -> None:
+    """`work(rank, *arguments)` in so many processes; raises what one of them raised, and leaves none behind."""
+    context = spawn(work, args=arguments, nprocs=world_size, join=False)
     assert context is not None
     deadline = time.monotonic() + seconds
     try:
@@ -33,3 +34,9 @@ def free_ports(number: int) -> list[int]:
     for bound in sockets:
         bound.close()
     return ports
+
+
+def set_rank(rank: int, world_size: int, port: int) -> None:
+    """What a launcher tells a process of one machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
