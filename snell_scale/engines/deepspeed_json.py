@@ -86,6 +86,7 @@ def default_values(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, 
     block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=max(sizes))
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return {
+        "zero_optimization.overlap_comm": True,
         "zero_optimization.reduce_bucket_size": min(trainable, _LARGEST_BUCKET),
         "zero_optimization.stage3_prefetch_bucket_size": block,
         "zero_optimization.stage3_max_live_parameters": 2 * block,

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,17 +125,18 @@ def test_the_adapter_file_is_that_of_one_process(runs: Path, engine: str, method
         assert error.mean() <= MEAN_TOLERANCE, name
 
 
+@pytest.mark.parametrize("method", ["lora", "snell", "snella"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_plain_peft_loads_the_adapter(runs: Path, engine: str) -> None:
+def test_plain_peft_loads_the_adapter(runs: Path, engine: str, method: str) -> None:
     logits = []
-    for name in ("single", engine):
-        config = load_config(runs / f"{name}-snell" / "config.yaml", config_class=registry.config_class)
+    for name in (f"single-{method}", f"{engine}-{method}"):
+        config = load_config(runs / name / "config.yaml", config_class=registry.config_class)
         data = config.data.build(seed=config.data_seed)
         bundle = config.model.build(
             num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed
         )
-        model = peft.PeftModel.from_pretrained(bundle.module, str(runs / f"{name}-snell" / "adapter")).eval()
-        assert isinstance(model.peft_config["default"], SnellConfig)
+        model = peft.PeftModel.from_pretrained(bundle.module, str(runs / name / "adapter")).eval()
+        assert isinstance(model.peft_config["default"], LoraConfig if method == "lora" else SnellConfig)
         with torch.no_grad():
             logits.append(model(torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)))
     assert torch.allclose(logits[0], logits[1], atol=1e-3)
