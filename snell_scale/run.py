@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from snell_scale.assembly import Assembly, assemble
 from snell_scale.attempt import (
@@ -22,20 +21,16 @@ from snell_scale.attempt import (
     write_despite_trouble,
 )
 from snell_scale.config import Config, to_dict
-from snell_scale.data.batches import evaluation_batches, evaluation_share, samples_per_forward
-from snell_scale.engines.checkpoint import Checkpoint, Checkpoints
+from snell_scale.data.batches import evaluation_batches
 from snell_scale.instrument.environment import collect_environment
-from snell_scale.instrument.memory import MemoryProbe
-from snell_scale.instrument.throughput import StepTimer
-from snell_scale.interfaces import Engine, Ranks, StepPlan, Tuner
+from snell_scale.interfaces import Engine, Ranks, Tuner
 from snell_scale.loop import evaluate, train
-from snell_scale.models.activation_checkpointing import checkpoint_activations
-from snell_scale.optimization import AveragedWeights, make_optimizer
-from snell_scale.progress import Progress, make_progress
-from snell_scale.records import NoWriter, Result, StepWriter, write_json, write_result, write_yaml
+from snell_scale.preparation import find_checkpoint, set_up
+from snell_scale.progress import make_progress
+from snell_scale.records import Result, write_json, write_result, write_yaml
 from snell_scale.run_folder import check_same_everywhere, clear, find_finished, locked
 from snell_scale.signals import StopFlag, StopVote, stop_on_signal
-from snell_scale.training import Training, rank_seed, restore, total_steps
+from snell_scale.training import Training, rank_seed, total_steps
 
 Resume = Literal["never", "auto"]
 
@@ -107,7 +102,7 @@ def _run(
     torch.manual_seed(rank_seed(config.seed, ranks))
     engine: Engine = config.engine.build(ranks)
     ranks.beat()
-    checkpoints, checkpoint = _find_checkpoint(config, engine, folder)
+    checkpoints, checkpoint = find_checkpoint(config, engine, folder)
     # Only now: until here another run's folder, or one that this engine cannot read, was left as it is.
     ranks.first(lambda: _write_circumstances(folder, config, engine))
     attempt.owns_folder = True
@@ -134,105 +129,10 @@ def _run(
         return result
 
 
-def _find_checkpoint(config: Config, engine: Engine, folder: Path) -> tuple[Checkpoints, Checkpoint | None]:
-    """(where the run's checkpoints are, the newest). ValueError where the engine cannot read that one."""
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        engine.ranks,
-        keep_last=config.checkpoint.keep_last,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-    newest = checkpoints.newest()
-    if newest is not None:
-        engine.check_checkpoint(newest.layout)
-    return checkpoints, newest
-
-
 def _write_circumstances(folder: Path, config: Config, engine: Engine) -> None:
     (folder / "result.json").unlink(missing_ok=True)  # of an attempt that was interrupted
     write_yaml(folder / "config.yaml", to_dict(config))
     write_json(folder / "environment.json", collect_environment(engine.device))
-
-
-def set_up(
-    parts: Assembly,
-    engine: Engine,
-    folder: Path,
-    progress: Progress,
-    vote: StopVote,
-    *,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint | None = None,
-) -> Training:
-    """Selection, activation checkpointing, placement and sharding, optimizer; then the checkpoint's state."""
-    config, tuner, ranks = parts.config, parts.tuner, engine.ranks
-    module, forward = _distribute(parts, engine, selects=tuner.needs_selection and checkpoint is None)
-    averages = AveragedWeights(module, config.training.ema_decay) if config.training.ema_decay else None
-    ranks.beat()
-    training = Training(
-        config=config,
-        engine=engine,
-        tuner=tuner,
-        model=module,
-        forward=cast(nn.Module, torch.compile(forward)) if config.training.compile else forward,
-        task=parts.task,
-        data=parts.data,
-        folder=folder,
-        writer=_open_writer(folder, ranks, keep_until_step=checkpoint.step if checkpoint else 0),
-        checkpoints=checkpoints,
-        timer=StepTimer(engine.device, config.logging.warmup_steps),
-        probe=MemoryProbe(module, partial(_optimizer_tensors, engine, tuner, averages)),
-        progress=progress,
-        stop_requested=vote,
-        averages=averages,
-    )
-    module.train()
-    if checkpoint is not None:
-        restore(training, checkpoint)
-    return training
-
-
-def _open_writer(folder: Path, ranks: Ranks, *, keep_until_step: int) -> StepWriter | NoWriter:
-    opened: list[StepWriter] = []
-    # So that all ranks hear of a full disk; what opens the file here alone is not sent to them.
-    ranks.first(lambda: opened.append(StepWriter(folder, keep_until_step=keep_until_step)))
-    return opened[0] if opened else NoWriter()
-
-
-def _distribute(parts: Assembly, engine: Engine, *, selects: bool) -> tuple[nn.Module, nn.Module]:
-    """(module, what a step calls): selected, checkpointed, sharded, with an optimizer."""
-    config, tuner = parts.config, parts.tuner
-    if selects:  # a resumed run restores what was selected
-        tuner.module.to(engine.device)
-        tuner.select(_training_losses(parts, engine), engine.sum_in_place)
-    blocks = [parts.bundle.module.get_submodule(name) for name in parts.bundle.wrap_points]
-    if config.training.activation_checkpointing:
-        checkpoint_activations(parts.bundle.module, parts.bundle.wrap_points)
-    plan = StepPlan(
-        microbatch_size=_samples_per_forward(config, engine.ranks),
-        gradient_accumulation=config.training.gradient_accumulation,
-        clip_grad_norm=config.training.clip_grad_norm,
-    )
-    forward = engine.setup(
-        tuner.module,
-        lambda module: make_optimizer(module, config.training, no_decay=tuner.no_decay),
-        blocks=blocks,
-        plan=plan,
-    )
-    tuner.bind(engine)
-    return tuner.module, forward
-
-
-def _samples_per_forward(config: Config, ranks: Ranks) -> int:
-    training = config.training
-    return samples_per_forward(training.batch_size, training.gradient_accumulation, ranks.world_size)
-
-
-def _optimizer_tensors(engine: Engine, tuner: Tuner, averages: AveragedWeights | None) -> list[Tensor]:
-    """Everything that outlives a step beside parameters and gradients."""
-    state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
-    own = [*tuner.tensors(), *(averages.tensors().values() if averages else ())]
-    return [value for value in state if isinstance(value, Tensor)] + own
 
 
 def _train_and_report(training: Training, attempt: Attempt) -> Result:
@@ -286,17 +186,6 @@ def save_adapter(engine: Engine, tuner: Tuner, folder: Path) -> int:
         return num_bytes
 
     return engine.ranks.first(write)
-
-
-def _training_losses(parts: Assembly, engine: Engine) -> Iterator[Tensor]:
-    """The loss of every training batch once over all ranks, in a fixed order, to select by gradient."""
-    ranks = engine.ranks
-    size = parts.config.training.batch_size // parts.config.training.gradient_accumulation
-    for batch, counts in evaluation_share(parts.data.train, size, rank=ranks.rank, world_size=ranks.world_size):
-        if counts:
-            ranks.beat()
-            with engine.autocast():
-                yield parts.task(parts.tuner.module, engine.move(batch))["loss"]
 
 
 def _measure_evaluation(training: Training) -> None:

@@ -24,9 +24,9 @@ from snell_scale.interfaces import Ranks
 from snell_scale.loop import train
 from snell_scale.models.timm_models import TimmConfig
 from snell_scale.optimization import trainable_parameters
+from snell_scale.preparation import set_up
 from snell_scale.progress import Silent
 from snell_scale.records import read_steps
-from snell_scale.run import set_up
 from snell_scale.signals import StopFlag, StopVote
 from snell_scale.training import Training
 

@@ -32,8 +32,6 @@ ROUNDING = 2e-6
 
 SECONDS = 250
 
-pytest.importorskip("deepspeed")
-
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
