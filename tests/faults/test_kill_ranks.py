@@ -19,7 +19,8 @@ from snell_scale.records import read_result, read_steps
 from tests.conftest import TINY
 
 _Found = TypeVar("_Found")
-_STEPS = 150
+_STEPS = 200
+_STEPS_OF_A_GROUP = 4  # a fast machine must not end the run before the last kill
 _RESTART_SECONDS = 180.0
 _AIMS = ("training", "save", "save", "start")
 
@@ -85,11 +86,11 @@ def _kill_one(
     """Kill a rank of the group that is not `killed`, at the instant that `aim` says; returns that group."""
     group = _until(agent, lambda: _new_group(agent, killed))
     if aim == "start":
-        time.sleep(generator.uniform(0.0, 10.0))  # imports, joining, reading the checkpoint, the first steps
+        _linger(run, generator.uniform(0.0, 10.0))  # imports, joining, reading the checkpoint, the first steps
     else:
         before = _last_step(run)
         _until(agent, lambda: _last_step(run) > before)
-        time.sleep(generator.uniform(0.0, 0.3))
+        _linger(run, generator.uniform(0.0, 0.3))
     if aim == "save":
         _until(agent, lambda: any(run.glob("checkpoints/.step-*.partial")))
         time.sleep(generator.uniform(0.0, 0.01))
@@ -97,6 +98,13 @@ def _kill_one(
     group[rank].send_signal(signal.SIGKILL)
     kills.append((aim, rank, any(run.glob("checkpoints/.step-*.partial"))))
     return {process.pid for process in group}
+
+
+def _linger(run: Path, seconds: float) -> None:
+    """So long, or until some steps are done."""
+    deadline, last = time.monotonic() + seconds, _last_step(run) + _STEPS_OF_A_GROUP
+    while time.monotonic() < deadline and _last_step(run) < last:
+        time.sleep(0.001)
 
 
 def _new_group(agent: subprocess.Popen[bytes], killed: set[int]) -> list[psutil.Process]:
