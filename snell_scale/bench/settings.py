@@ -122,9 +122,9 @@ class GpuSettings:
         return "float32" if self.small else "bfloat16"
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """`bench loop`: the product's loop against a bare one. steps: of one side in a round; repeats: rounds."""
+@dataclass(frozen=True, kw_only=True)
+class _TrainingSettings:
+    """What the benchmarks have that train by a run's own code."""
 
     model: str
     batch_size: int
@@ -137,6 +137,11 @@ class LoopSettings:
     threads: int | None
     seed: int
     dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(_TrainingSettings):
+    """`bench loop`: the product's loop against a bare one. steps: of one side in a round; repeats: rounds."""
 
     def check_all(self) -> None:
         _check_choice("--method", self.method, METHODS)
@@ -145,8 +150,8 @@ class LoopSettings:
         _check_device(self.device)
 
 
-@dataclass(frozen=True)
-class EnginesSettings:
+@dataclass(frozen=True, kw_only=True)
+class EnginesSettings(_TrainingSettings):
     """`bench engines`: a run by every engine on every number of processes, `repeats` times.
 
     depth: blocks of the model; None as it has. threads: CPU threads that the processes of a run share.
@@ -154,19 +159,8 @@ class EnginesSettings:
 
     engines: tuple[str, ...]
     processes: tuple[int, ...]
-    model: str
     depth: int | None
     image_size: int
-    batch_size: int
-    method: str
-    rank: int
-    sparsity: float
-    steps: int
-    repeats: int
-    device: str
-    threads: int | None
-    seed: int
-    dtype: str = "float32"
 
     def check_all(self) -> None:
         _check_some("--engines", self.engines, list(ENGINES))

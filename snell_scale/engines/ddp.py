@@ -26,9 +26,6 @@ class DdpEngine(TorchEngine):
 
     _wrapped: DistributedDataParallel
 
-    def describe(self) -> str:
-        return "ddp"
-
     def microbatch(self, *, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self._wrapped.no_sync()
 

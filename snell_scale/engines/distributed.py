@@ -25,8 +25,6 @@ _FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class DistributedConfig(EngineConfig):
     """Settings of an engine that runs on as many processes as the launcher starts, or on one."""
 
-    name: str
-
     def check(self) -> None:
         super().check()
         if self.device.startswith("cuda:"):

@@ -29,6 +29,3 @@ class SingleConfig(EngineConfig):
 
 class SingleEngine(TorchEngine):
     """See `interfaces.Engine`."""
-
-    def describe(self) -> str:
-        return "single"

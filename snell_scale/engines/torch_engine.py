@@ -23,6 +23,7 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class EngineConfig(StrictModel):
     """What every engine lets one choose, so that changing `engine.name` alone changes the engine."""
 
+    name: str
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one."
     )
@@ -81,6 +82,7 @@ class TorchEngine:
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         config.set_threads()
         self.ranks = ranks
+        self._name = config.name
         self.device = config.device_of(ranks)
         self._autocast_dtype = _AUTOCAST_DTYPES.get(config.precision)
         self._frozen_dtype = torch.bfloat16 if config.frozen_dtype == "bf16" else torch.float32
@@ -218,7 +220,7 @@ class TorchEngine:
         return {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
 
     def describe(self) -> str:
-        raise NotImplementedError
+        return self._name
 
     def layout(self) -> dict[str, Any]:
         return {"engine": "torch", "world_size": self.ranks.world_size}

@@ -69,12 +69,12 @@ def test_a_loop_with_another_learning_rate_is_not_timed(monkeypatch: pytest.Monk
         return 2 * training.lr
 
     monkeypatch.setattr(training_loop, "learning_rate", doubled)
-    refuses("largest difference of a trained weight")
+    assert "largest difference of a trained weight" in refusal()
 
 
 def test_a_loop_that_keeps_old_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchEngine, "zero_grad", lambda engine: None)
-    refuses("largest difference of a trained weight")
+    assert "largest difference of a trained weight" in refusal()
 
 
 def test_a_loop_with_other_batches_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +82,16 @@ def test_a_loop_with_other_batches_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         training_loop, "training_batches", lambda data, **options: right(data, **{**options, "start_step": 1})
     )
-    refuses("relative difference of the losses")
+    assert "relative difference of the losses" in refusal()
 
 
-def refuses(message: str) -> None:
+def refusal() -> str:
+    """What the red gate says; nothing was timed."""
     findings = Findings()
-    with pytest.raises(RedGate, match=message):
+    with pytest.raises(RedGate) as refused:
         bench_loop(SETTINGS, BenchProgress(), findings)
     assert findings.rows == []
+    return str(refused.value)
 
 
 def test_time_that_the_loop_wastes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,9 @@ def kill_savers(folder: Path, num_kills: int) -> dict[str, dict[str, int]]:
 
 
 def test_a_killed_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    kill_savers(tmp_path, 6)
+    found = kill_savers(tmp_path, 6)
+    assert found.keys() == {"sync", "async", "replace"}
+    assert sum(counted["saves"] for counted in found.values()) > 0
 
 
 @pytest.mark.slow
