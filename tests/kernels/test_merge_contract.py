@@ -20,6 +20,17 @@ def _merge(case: MergeCase) -> Tensor:
     return merge_linear(case.x, case.weight, case.A, case.B, case.bias, **case.settings)
 
 
+def test_the_result_can_be_changed_in_place() -> None:
+    """As ReLU(inplace=True) does behind a layer; batched inputs are products of views inside."""
+    results = []
+    for relu in (torch.relu, torch.relu_):
+        case = make_case()
+        y = merge_linear(case.x.unflatten(0, (1, -1)), case.weight, case.A, case.B, case.bias, **case.settings)
+        relu(y).sum().backward()
+        results.append([leaf.grad for leaf in case.leaves().values()])
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
 @pytest.mark.parametrize("sparsity", [None, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

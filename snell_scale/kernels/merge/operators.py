@@ -193,7 +193,8 @@ class _MergeFunction(torch.autograd.Function):
         if wants_dx or wants_G:
             weight_if_needed = weight if wants_dx or wants_dweight else None
             ctx.save_for_backward(x if wants_G else None, weight_if_needed, taus, logs, *call[:5])
-        with torch._C._AutoDispatchBelowAutograd():
+        # Below views too: a view made in here could not be changed in place, as ReLU(inplace=True) would.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return merge_forward(x, weight, bias, taus, logs, *call)
 
     @staticmethod

@@ -136,9 +136,9 @@ def find_targets(bundle: ModelBundle, targets: str | Sequence[str]) -> str | lis
         raise ValueError(f"method.targets is {chosen!r}, no regular expression: {error}") from None
     entries = {chosen: chosen} if isinstance(chosen, str) else {entry: [entry] for entry in chosen}
     missing = [entry for entry, target in entries.items() if not matching_modules(module, target)]
-    heads = [name for name in matched if name in bundle.head_modules]
+    heads = [name for name in matched for head in bundle.head_modules if f"{name}.".startswith(f"{head}.")]
     if missing or heads or not matched:
-        problem = f"{', '.join(heads)} is the head, which is trained whole" if heads else ""
+        problem = f"{', '.join(heads)} belongs to the head, which is trained whole" if heads else ""
         problem = problem or f"{', '.join(missing) or 'an empty list'} matches nothing"
         linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)][:3]
         raise ValueError(

@@ -4,12 +4,13 @@ Zhang et al., Gradient-based Parameter Selection, arXiv 2312.10136; github.com/F
 utils/pruning.py, train_gps.py.
 
 In every row (output neuron) of every weight matrix the `per_neuron` entries train whose gradient, summed over the
-training data before training, is largest in magnitude. Biases train whole, norms and position embeddings not at
-all; the head trains whole. Gradients are computed densely and masked, and the whole matrix is in the optimizer:
-GPS saves parameters on disk, not memory.
+training data before training, is largest in magnitude. Biases train whole, norms and embeddings (of positions and
+of words) not at all; the head trains whole. Gradients are computed densely and masked, and the whole matrix is in
+the optimizer: GPS saves parameters on disk, not memory.
 
 Differences: the gradient is the task's own (the published runs take a supervised contrastive loss on two views;
-their code has this choice too), the mask is one byte per entry, and frozen tensors are not in the optimizer.
+their code has this choice too), the mask is one byte per entry, and frozen tensors are not in the optimizer. Of a
+projection that is a bare parameter (CLIP's x W, a neuron in each column) the rows are taken as of any matrix.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from snell_scale.interfaces import Engine, ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, always_trained, train_only
 from snell_scale.tuners.methods.trained_file import write_trained
 
-_FROZEN_ENDINGS = ("pos_embed", "_token")
+_FROZEN_ENDINGS = ("pos_embed", "_token", "_embedding")
 _WHOLE = ("bias", "gamma")
 
 
@@ -132,12 +133,16 @@ class GpsTuner(ModuleTuner):
 def _roles(bundle: ModelBundle, *, train_extra: bool) -> tuple[set[str], dict[str, nn.Parameter]]:
     """(names trained whole, name → matrix of which some entries train); what is in neither is frozen."""
     parameters = dict(bundle.module.named_parameters())
-    norms = {name for name, child in bundle.module.named_modules() if "norm" in type(child).__name__.lower()}
+    modules = dict(bundle.module.named_modules())
+    norms = {name for name, child in modules.items() if "norm" in type(child).__name__.lower()}
+    lookups = {name for name, child in modules.items() if isinstance(child, nn.Embedding)}
     whole = always_trained(bundle, train_extra=train_extra)
     matrices: dict[str, nn.Parameter] = {}
     for name, parameter in parameters.items():
-        is_norm = "norm" in name or name.rpartition(".")[0] in norms
-        if name in whole or is_norm or name.endswith(_FROZEN_ENDINGS):
+        owner = name.rpartition(".")[0]
+        is_left = "norm" in name or owner in norms or owner in lookups or name.endswith(_FROZEN_ENDINGS)
+        # What a model itself fixes (a tower that is not to be tuned) stays fixed.
+        if name in whole or is_left or not parameter.requires_grad:
             continue
         if any(word in name for word in _WHOLE):
             whole.add(name)

@@ -34,7 +34,7 @@ class PeftMethodConfig(MethodConfig):
         targets = find_targets(bundle, self.targets)
         epochs = math.ceil(total_steps / steps_per_epoch)
         config = self.peft_config(bundle, targets, total_steps=total_steps, epochs=epochs, seed=seed)
-        config.modules_to_save = list(bundle.head_modules)
+        config.modules_to_save = list(bundle.head_modules) or None
         with seeded(seed):
             module = get_peft_model(cast(Any, bundle.module), config)
         assert isinstance(module, PeftModel)
@@ -65,6 +65,14 @@ class LoraMethodConfig(PeftMethodConfig):
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
     ) -> LoraConfig:
+        module, names = bundle.module, matching_modules(bundle.module, targets)
+        attention = [n for n in names if isinstance(module.get_submodule(n), nn.MultiheadAttention)]
+        if self.dropout and attention:
+            raise ValueError(
+                f"method.dropout is {self.dropout}, but method.targets includes {attention[0]}, an "
+                "nn.MultiheadAttention: peft merges its LoRA before each product, where no dropout reaches it; "
+                "set method.dropout=0, or method.targets to linear layers"
+            )
         alpha = self.rank if self.lora_alpha is None else self.lora_alpha
         # peft declares an int and takes any number.
         return LoraConfig(
@@ -80,17 +88,22 @@ class ShiraMethodConfig(PeftMethodConfig):
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
     ) -> ShiraConfig:
-        module = bundle.module
-        matched = matching_modules(module, targets)
-        others = [name for name in matched if not isinstance(module.get_submodule(name), nn.Linear)]
+        others = _not_linear(bundle, targets)
         if others:
+            fit = [repr(name) for name, group in bundle.target_groups.items() if not _not_linear(bundle, group)]
             raise ValueError(
                 f"method.targets includes {others[0]}, which is no linear layer: SHiRA adapts only these; set "
-                "method.targets to 'linear', 'attention' or 'mlp', as the model has them"
+                f"method.targets to {' or '.join(fit) or 'names of linear layers'}"
             )
         # torch warns of unchecked sparse tensors unless told; peft's are made from indices that it checked.
         torch.sparse.check_sparse_tensor_invariants.disable()
         return ShiraConfig(r=self.rank, random_seed=seed, target_modules=targets)
+
+
+def _not_linear(bundle: ModelBundle, targets: str | list[str]) -> list[str]:
+    """Full names of the targets that are no linear layers."""
+    names = matching_modules(bundle.module, targets)
+    return [name for name in names if not isinstance(bundle.module.get_submodule(name), nn.Linear)]
 
 
 class _KernelConfig(PeftMethodConfig):
@@ -160,13 +173,18 @@ class SnellMethodConfig(_KernelConfig):
 
 
 class SnellaMethodConfig(_KernelConfig):
-    """SNELLA: SNELL whose matrices compete for one shrinking budget of non-zeros."""
+    """SNELLA: SNELL whose matrices compete for one shrinking budget of non-zeros.
+
+    target_sparsity=null is what was published as dense: its kernel without any competition.
+    """
 
     name: Literal["snella"] = "snella"
     kernel: Kernel = Field(default="mixk", description="K(A, B).")
     weighting: Literal["magnitude", "soft", "hard"] = "magnitude"
     init_sparsity: float = Field(ge=0, lt=1, description="Share of zeros at the start (published: 0).")
-    target_sparsity: float = Field(ge=0, lt=1, description="Share of zeros at the end, over all matrices.")
+    target_sparsity: float | None = Field(
+        ge=0, lt=1, description="Share of zeros at the end, over all matrices; null: dense, nothing competes."
+    )
     init_warmup: int = Field(default=0, ge=0, description="Ticks before the budget begins to shrink.")
     final_warmup: int = Field(default=0, ge=0, description="Last ticks, spent at target_sparsity.")
     mask_interval: int = Field(default=1, gt=0, description="Ticks between two allocations.")
@@ -178,7 +196,9 @@ class SnellaMethodConfig(_KernelConfig):
 
     def peft_config(
         self, bundle: ModelBundle, targets: str | list[str], *, total_steps: int, epochs: int, seed: int
-    ) -> SnellaConfig:
+    ) -> SnellConfig:
+        if self.target_sparsity is None:
+            return SnellConfig(**self.kernel_settings(bundle, targets), sparsity=None)
         return SnellaConfig(
             **self.kernel_settings(bundle, targets),
             weighting=self.weighting,
@@ -193,7 +213,9 @@ class SnellaMethodConfig(_KernelConfig):
             total_ticks=epochs if self.tick == "epoch" else total_steps,
         )
 
-    def tuner(self, module: PeftModel, bundle: ModelBundle) -> "SnellaTuner":
+    def tuner(self, module: PeftModel, bundle: ModelBundle) -> "PeftTuner":
+        if self.target_sparsity is None:
+            return PeftTuner(module, bundle, train_extra=self.train_extra)
         return SnellaTuner(module, bundle, train_extra=self.train_extra, tick=self.tick)
 
 

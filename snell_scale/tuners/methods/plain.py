@@ -19,19 +19,25 @@ class ProbeConfig(MethodConfig):
     def apply(
         self, bundle: ModelBundle, *, total_steps: int, steps_per_epoch: int, seed: int
     ) -> "OwnParametersTuner":
+        if not bundle.head_modules:
+            raise ValueError(
+                "method.name=probe trains the head alone, and this model has none (a CLIP tells classes by their "
+                "names): choose another method, e.g. method.name=bias or lora"
+            )
         train_only(bundle.module, always_trained(bundle, train_extra=self.train_extra))
         return OwnParametersTuner(bundle, settings=self.model_dump(mode="json"))
 
 
 class BiasConfig(MethodConfig):
-    """BitFit: every bias and the head. Ignores r and targets."""
+    """BitFit: every bias (that the model does not fix itself) and the head. Ignores r and targets."""
 
     name: Literal["bias"] = "bias"
 
     def apply(
         self, bundle: ModelBundle, *, total_steps: int, steps_per_epoch: int, seed: int
     ) -> "OwnParametersTuner":
-        biases = {name for name, _ in bundle.module.named_parameters() if name.endswith("bias")}
+        parameters = bundle.module.named_parameters()
+        biases = {name for name, p in parameters if name.endswith("bias") and p.requires_grad}
         train_only(bundle.module, biases | always_trained(bundle, train_extra=self.train_extra))
         return OwnParametersTuner(bundle, settings=self.model_dump(mode="json"))
 

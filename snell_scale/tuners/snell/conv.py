@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_scale.kernels.merge import merge_conv2d
-from snell_scale.tuners.snell.layer import SnellLayer
+from snell_scale.tuners.snell.product import SnellProductLayer
 
 Padding = tuple[int, int] | str
 
 
-class SnellConv2d(SnellLayer):
+class SnellConv2d(SnellProductLayer):
     """y = conv2d(x, W0 + ΔW) + b with the base's stride, dilation, padding and padding mode; groups = 1."""
 
     def _merged_product(self, x: Tensor, adapter_name: str) -> Tensor:

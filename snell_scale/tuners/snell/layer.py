@@ -1,4 +1,4 @@
-"""A SNELL layer: wraps an nn.Linear or nn.Conv2d and applies W0 + ΔW as one product (arXiv 2411.01800).
+"""A SNELL layer: wraps a module and keeps the factors of its weights' deltas W0 + ΔW (arXiv 2411.01800).
 
 For G stacked matrices and H distance components, `snell_A[adapter]` has shape (G, H, in, r/H), `snell_B[adapter]`
 (G, H, out/G, r/H), and `snell_alpha`, `snell_gamma`, `snell_beta` (G,) where the kernel has them; all are float32
@@ -10,10 +10,9 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class FixedTypeBuffers(BufferDict):
 
 
 class SnellLayer(nn.Module, BaseTunerLayer):
-    """What linear and convolution share: parameters, merging into the base weight, and which product to take."""
+    """What every adapted module shares: the adapters' parameters, and merging into the base weights."""
 
     adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_alpha", "snell_gamma", "snell_beta")
     other_param_names: tuple[str, ...] = ("snell_plan", "snell_sparsity", "snell_threshold_memory")
@@ -85,36 +84,17 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, plan, inference_mode=inference_mode)
 
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """x: any shape the base layer takes. One product with the merged weight where the method allows it."""
-        if adapter_names is not None:
-            raise ValueError(
-                "SNELL cannot mix adapters within a batch (adapter_names): run one batch per adapter, with "
-                "set_adapter before it"
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [name for name in self.active_adapters if name in self.snell_A]
-        if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x)
-        if len(active) == 1 and self._takes_one_product(self.snell_plan[active[0]]):
-            return self._merged_product(x, active[0])
-        y = self.base_layer(x)
-        for name in active:
-            y = y + self._noisy_delta_product(x, name).to(y.dtype)
-        return y
-
     def update_layer(self, adapter_name: str, plan: LayerPlan, *, inference_mode: bool) -> None:
         """Give the layer one more adapter, its parameters fresh."""
-        base = self._base()
-        out_features, in_features = matrix_shape(base)
+        weight = self._weights()[0]
+        out_features, in_features = matrix_shape(self.get_base_layer())
         groups, components, columns = plan.num_groups, plan.num_components, plan.rank // plan.num_components
         self.snell_plan[adapter_name] = plan
         shapes = {"A": (groups, components, in_features, columns)}
         shapes["B"] = (groups, components, out_features // groups, columns)
         start = KERNEL_PARAMETERS[plan.kernel]
-        device = torch.device("meta") if base.weight.device.type == "meta" else None
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        device = torch.device("meta") if weight.device.type == "meta" else None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         for factor, shape in shapes.items():
             container: nn.ParameterDict = getattr(self, f"snell_{factor}")
             container[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -136,11 +116,10 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """ΔW in the shape of the base weight, in the factors' dtype."""
-        delta = delta_weight(
+        """ΔW of all the layer's matrices, stacked along the output, in the factors' dtype."""
+        return delta_weight(
             self.snell_A[adapter_name], self.snell_B[adapter_name], **self._merge_arguments(adapter_name)
         )
-        return delta.view(self._weight_shape())
 
     def matrix_size(self, adapter_name: str) -> int:
         """Entries of one of the layer's stacked matrices."""
@@ -155,10 +134,10 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.snell_A:
                 continue
-            merged = self._base_weight_plus(name, sign=1)
-            if safe_merge and not torch.isfinite(merged).all():
+            merged = self._weights_plus(name, sign=1)
+            if safe_merge and not all(bool(torch.isfinite(weight).all()) for weight in merged):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._base().weight.data.copy_(merged)
+            self._set_weights(merged)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -168,50 +147,39 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.snell_A:
-                self._base().weight.data.copy_(self._base_weight_plus(name, sign=-1))
+                self._set_weights(self._weights_plus(name, sign=-1))
 
     def cast_factors_as_base(self, adapter_name: str) -> None:
         """Give an adapter's factors and kernel scalars the base weight's dtype."""
-        dtype = self._base().weight.dtype
+        dtype = self._weights()[0].dtype
         for container in self._parameters_of_adapters():
             if adapter_name in container:
                 parameter = container[adapter_name]
                 container[adapter_name] = nn.Parameter(parameter.data.to(dtype), parameter.requires_grad)
 
     @abstractmethod
-    def _merged_product(self, x: Tensor, adapter_name: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b. The base weight goes in as the Parameter itself: sharding engines rely on it."""
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The base weights (Parameters) that ΔW is added to, in the order in which its rows are stacked."""
 
-    @abstractmethod
-    def _delta_product(self, x: Tensor, adapter_name: str) -> Tensor:
-        """x ΔWᵀ."""
+    def _active_here(self) -> list[str]:
+        """The adapters that a forward applies; [] where the base is to be called, unmerged if it has to be."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.snell_A]
 
-    @abstractmethod
-    def _weight_shape(self) -> tuple[int, ...]:
-        """Shape of the base weight, from the module's attributes."""
+    def _is_noisy(self, adapter_name: str, dropout: float) -> bool:
+        """Whether the delta has to be a product of its own: of inputs or outputs partly dropped."""
+        return self.training and (dropout > 0 or self.snell_plan[adapter_name].drop_path > 0)
 
-    @abstractmethod
-    def _is_batched(self, y: Tensor) -> bool:
-        """Whether the output's first dimension counts samples."""
-
-    def _base(self) -> nn.Linear | nn.Conv2d:
-        return cast("nn.Linear | nn.Conv2d", self.get_base_layer())
-
-    def _takes_one_product(self, plan: LayerPlan) -> bool:
-        base = self._base()
-        if self.training and (plan.dropout > 0 or plan.drop_path > 0):
-            return False
-        # A base with a forward of its own (a subclass, or one replaced by an offloading hook) has to be called.
-        plain = nn.Conv2d.forward if isinstance(base, nn.Conv2d) else nn.Linear.forward
-        return type(base).forward is plain and "forward" not in vars(base)
-
-    def _noisy_delta_product(self, x: Tensor, adapter_name: str) -> Tensor:
-        plan = self.snell_plan[adapter_name]
-        y = self._delta_product(F.dropout(x, plan.dropout, self.training), adapter_name)
-        if not self.training or plan.drop_path == 0:
+    def _without_some_samples(self, y: Tensor, adapter_name: str, *, is_batched: bool = True) -> Tensor:
+        """Drop path on a delta's output, whose first dimension counts samples if it is batched."""
+        drop_path = self.snell_plan[adapter_name].drop_path
+        if not self.training or drop_path == 0:
             return y
-        keep = 1 - plan.drop_path
-        shape = (y.shape[0], *(1 for _ in y.shape[1:])) if self._is_batched(y) else (1,) * y.dim()
+        keep = 1 - drop_path
+        shape = (y.shape[0], *(1 for _ in y.shape[1:])) if is_batched else (1,) * y.dim()
         return y * y.new_empty(shape).bernoulli_(keep).div_(keep)
 
     def _product_arguments(self, adapter_name: str) -> ProductArguments:
@@ -236,9 +204,19 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         }
 
     @torch.no_grad()
-    def _base_weight_plus(self, adapter_name: str, *, sign: int) -> Tensor:
-        weight, delta = self._base().weight, self.get_delta_weight(adapter_name)
-        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + sign * delta).to(weight.dtype)
+    def _weights_plus(self, adapter_name: str, *, sign: int) -> list[Tensor]:
+        weights, delta = self._weights(), self.get_delta_weight(adapter_name)
+        parts = delta.split([weight.shape[0] for weight in weights])
+        return [
+            (weight.to(torch.promote_types(weight.dtype, part.dtype)) + sign * part.view(weight.shape)).to(
+                weight.dtype
+            )
+            for weight, part in zip(weights, parts, strict=True)
+        ]
+
+    def _set_weights(self, values: list[Tensor]) -> None:
+        for weight, value in zip(self._weights(), values, strict=True):
+            weight.data.copy_(value)
 
     def _parameters_of_adapters(self) -> list[nn.ParameterDict]:
         return [getattr(self, name) for name in self.adapter_layer_names]
@@ -247,7 +225,7 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """PEFT's hook, also called after loading. PEFT would cast to the base's dtype; factors keep theirs."""
-        target = device or self._base().weight.device
+        target = device or self._weights()[0].device
         if target.type == "meta":
             return
         for container in self._parameters_of_adapters():

@@ -5,10 +5,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from snell_scale.kernels.merge import merge_linear
-from snell_scale.tuners.snell.layer import SnellLayer
+from snell_scale.tuners.snell.product import SnellProductLayer
 
 
-class SnellLinear(SnellLayer):
+class SnellLinear(SnellProductLayer):
     """y = x (W0 + ΔW)ᵀ + b, x of shape (…, in_features)."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -7,11 +7,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
+from snell_scale.tuners.snell.attention import SnellMultiheadAttention
 from snell_scale.tuners.snell.config import SnellConfig
 from snell_scale.tuners.snell.conv import SnellConv2d
 from snell_scale.tuners.snell.layer import SnellLayer
 from snell_scale.tuners.snell.linear import SnellLinear
-from snell_scale.tuners.snell.plan import matches, plan_layer
+from snell_scale.tuners.snell.plan import OUT_PROJECTION, matches, plan_layer
 from snell_scale.tuners.snell.targets import check_targets, is_bypassed, outer_modules, resolve_all_linear
 
 
@@ -39,6 +40,8 @@ class SnellModel(BaseTuner):
                 _check_reachable(model, name, module)
                 plan_layer(peft_config, name, module)
                 adapted.append(name)
+                if isinstance(module, (nn.MultiheadAttention, SnellMultiheadAttention)):
+                    adapted.append(f"{name}.{OUT_PROJECTION}")
         without = peft_config.dropout_exclude_modules
         if adapted and without and not any(matches(without, name) for name in adapted):
             raise ValueError(
@@ -61,11 +64,16 @@ class SnellModel(BaseTuner):
         if isinstance(target, SnellLayer):
             target.update_layer(adapter_name, plan, inference_mode=inference_mode)
             return
-        layer_class = SnellConv2d if isinstance(target, nn.Conv2d) else SnellLinear
-        layer = layer_class(target, adapter_name, plan, inference_mode=inference_mode)
+        layer = _layer_class(target)(target, adapter_name, plan, inference_mode=inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """PEFT's own wants every base to have one `weight`, and moves what a SNELL layer has put in its place."""
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors are float32 from the start; False gives them the base weight's dtype, as PEFT documents."""
@@ -85,12 +93,20 @@ class SnellModel(BaseTuner):
         yield
 
 
+def _layer_class(target: nn.Module) -> type[SnellLinear | SnellConv2d | SnellMultiheadAttention]:
+    if isinstance(target, nn.MultiheadAttention):
+        return SnellMultiheadAttention
+    return SnellConv2d if isinstance(target, nn.Conv2d) else SnellLinear
+
+
 def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:
     way_out = "narrow target_modules or put it into exclude_modules"
     if isinstance(module, BaseTunerLayer) and not isinstance(module, SnellLayer):
         raise ValueError(f"{name} already has an adapter of type {type(module).__qualname__}: {way_out}")
     if is_bypassed(model, name):
         parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if parent == "MultiheadAttention":
+            way_out = f"target the nn.{parent} itself, whose q, k, v and out are adapted, or {way_out}"
         raise ValueError(
             f"{name}: its parent, an nn.{parent}, reads this layer's weight without calling the layer, so an "
             f"adapter would have no effect: {way_out}"

@@ -37,7 +37,8 @@ def resolve_all_linear(config: SnellConfig, model: nn.Module) -> None:
     if bypassed:
         warnings.warn(
             f"target_modules='all-linear' leaves out {', '.join(bypassed)}: their parents read the weight "
-            "without calling the layer, so adapters on them would have no effect",
+            "without calling the layer, so adapters on them would have no effect; name an nn.MultiheadAttention "
+            "itself to adapt it",
             stacklevel=2,
         )
     config.target_modules = [name for name in linear if name not in bypassed]
@@ -63,8 +64,10 @@ def is_bypassed(model: nn.Module, name: str) -> bool:
     parent = model.get_submodule(parent_name)
     if isinstance(parent, nn.MultiheadAttention):
         return child == "out_proj"
+    if child == "qkv" and getattr(parent, "qkv_bias_separate", True) is False and parent.q_bias is not None:
+        return True  # timm's EVA, BEiT and Swin-V2, unless they were told to call the layer
     fast_path = isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
-    return fast_path and child in ("linear1", "linear2")
+    return fast_path and child in ("self_attn", "linear1", "linear2")
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,9 +94,9 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _candidates(model: nn.Module) -> str:
-    kinds = (nn.Linear, nn.Conv2d)
+    kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
     layers = [name for kind in kinds for name, m in outer_modules(model) if isinstance(_base_of(m), kind)]
     if not layers:
-        return "It has no nn.Linear or nn.Conv2d to adapt."
+        return "It has no nn.Linear, nn.Conv2d or nn.MultiheadAttention to adapt."
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))[:8]
     return f"Try name endings such as {', '.join(map(repr, endings))} (as in {layers[0]}), or 'all-linear'."

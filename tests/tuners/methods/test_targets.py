@@ -1,5 +1,6 @@
 """Choosing what to adapt: groups, regular expressions, lists, and what a miss says."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,9 +37,15 @@ def test_targets_mean_modules(targets: Any, expected: list[str]) -> None:
         (["qkv", "fc3"], "fc3 matches nothing"),
         ([], "an empty list matches nothing"),
         ("blocks[", "no regular expression"),
-        ("head", "head is the head, which is trained whole"),
+        ("head", "head belongs to the head, which is trained whole"),
     ],
 )
 def test_a_miss_says_what_there_is(targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         apply("lora", vit(), targets=targets)
+
+
+def test_what_lies_inside_a_head_of_several_layers_is_refused_too() -> None:
+    bundle = replace(vit(), head_modules=("blocks.1", "head"))
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1, blocks.1.mlp.fc2 belongs to the head"):
+        find_targets(bundle, "mlp")

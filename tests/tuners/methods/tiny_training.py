@@ -11,7 +11,7 @@ from snell_scale.config import TrainingConfig
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig
 from snell_scale.interfaces import Engine, InputSpec, ModelBundle, StepPlan
-from snell_scale.models.timm_models import TimmConfig
+from snell_scale.models.timm.config import TimmConfig
 from snell_scale.optimization import make_optimizer
 from snell_scale.registry import config_class, names
 
