@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.load import rows_of
+from snell_scale import metrics
 
 # In the order of every table and figure.
 METHOD_NAMES = {
@@ -19,7 +20,6 @@ METHOD_NAMES = {
     "gps": "GPS",
     "full": "full fine-tuning",
 }
-METRIC_NAMES = {"top1": "top-1 %"}
 # What a fair comparison of methods holds constant.
 SETTINGS = ("model", "dataset", "task", "engine", "precision", "world_size", "batch_size", "protocol")
 _NOT_A_CASE = ("varied.seed", "varied.method.name")
@@ -59,12 +59,13 @@ def method_name(method: str) -> str:
 
 def metric_name(metric: str) -> str:
     """What a metric is called in print."""
-    return METRIC_NAMES.get(metric, metric)
+    return metrics.metric(metric).label
 
 
 def capitalized(name: str) -> str:
-    """The first letter large, the others as they are."""
-    return name[0].upper() + name[1:]
+    """The first letter large, the others as they are; "mIoU" stays what it is."""
+    word = name.split()[0]
+    return name if word != word.lower() else name[0].upper() + name[1:]
 
 
 def varied_keys(runs: pd.DataFrame) -> list[str]:
@@ -86,14 +87,29 @@ def is_number(value: Any) -> bool:
 
 
 def metric_of(runs: pd.DataFrame) -> str:
-    """The one metric that `runs` report. ValueError when they report different ones."""
-    metrics = sorted(runs["metric"].dropna().unique())
-    if len(metrics) > 1:
+    """The one metric that the compared of `runs` report first. ValueError when they report different ones."""
+    return _only(runs, "headline")
+
+
+def choice_of(runs: pd.DataFrame) -> str:
+    """The one metric that chose the weights of the compared `runs`. ValueError when there are several."""
+    return _only(runs, "metric")
+
+
+def others_of(runs: pd.DataFrame) -> list[str]:
+    """What the runs report beside `metric_of`, in their order."""
+    named = [name for reported in runs["reported"] for name in reported.split()[1:]]
+    return list(dict.fromkeys(named))
+
+
+def _only(runs: pd.DataFrame, column: str) -> str:
+    found = sorted(runs.loc[runs["compared"], column].dropna().unique())
+    if len(found) > 1:
         raise ValueError(
-            f"the runs report different metrics ({', '.join(metrics)}), expected one; "
+            f"the runs report different metrics ({', '.join(found)}), expected one; "
             "give the folders of one task at a time"
         )
-    return metrics[0] if metrics else "score"
+    return found[0] if found else "score"
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:

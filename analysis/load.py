@@ -51,11 +51,12 @@ _NUMBERS = (
 def load_runs(paths: Sequence[str | Path]) -> pd.DataFrame:
     """One row per run found in `paths`: run folders, or folders at any depth above them.
 
-    Columns beside the fields of `Result`: `folder`; `score` and `validation_score`, the run's own metric on
-    test and validation; `<split>_<metric>`; `trainable_percent`; `peak_total_mib`, `peak_<category>_mib`,
-    `peak_phase` and `phase_<phase>_mib` (MiB = 2^20 bytes); `images_per_s` and what else `throughput` holds;
-    `seconds_<part>`; `adapter_kib`; `varied.<key>`; and `compared`, False for a run found beside a
-    comparison that it is no part of.
+    Columns beside the fields of `Result`: `folder`; `headline`, the metric that tables show first, and `score`,
+    its value on test; `validation_score`, on validation the metric that chose the best step; `reported`, all that
+    tables show; `metric_sources` (JSON); `<split>_<metric>`; `trainable_percent`; `peak_total_mib`,
+    `peak_<category>_mib`, `peak_phase` and `phase_<phase>_mib` (MiB = 2^20 bytes); `images_per_s` and what else
+    `throughput` holds; `seconds_<part>`; `adapter_kib`; `varied.<key>`; and `compared`, False for a run found
+    beside a comparison that it is no part of.
 
     A damaged or unfinished record is named on stderr and left out.
     ValueError: a path does not exist, or there is no run in any of them.
@@ -132,7 +133,10 @@ def _row(folder: Path, result: Result) -> Row:
     row |= {name: getattr(result, name) for name in _FIELDS}
     for split, metrics in result.metrics.items():
         row |= {f"{split}_{metric}": value for metric, value in metrics.items()}
-    row["score"] = row.get(f"test_{result.metric}")
+    row["reported"] = " ".join(result.reported or ([result.metric] if result.metric else []))
+    row["headline"] = row["reported"].split()[0] if row["reported"] else None
+    row["metric_sources"] = json.dumps(dict(result.metric_sources), sort_keys=True)
+    row["score"] = row.get(f"test_{row['headline']}")
     row["validation_score"] = row.get(f"validation_{result.metric}")
     if result.trainable_parameters is not None and result.total_parameters:
         row["trainable_percent"] = 100 * result.trainable_parameters / result.total_parameters

@@ -106,6 +106,16 @@ def figure(picture: Picture, caption: str) -> str:
     )
 
 
+def photograph(identifier: str, png: bytes, *, title: str, caption: str) -> str:
+    """A picture that a run wrote, inlined as it is."""
+    source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    alternative = escape(f"{title}. {caption}")
+    return (
+        f'<figure id="{escape(identifier)}"><img class="samples" src="{source}" alt="{alternative}">'
+        f"<figcaption><strong>{escape(title)}.</strong> {escape(caption)}</figcaption></figure>"
+    )
+
+
 def _cell(cell: Cell, *, is_name: bool) -> str:
     content = escape(cell.text)
     if cell.kind == "code":

@@ -55,6 +55,7 @@ figure { margin: 0 0 2.5rem; }
 .figures { display: grid; gap: 1rem 2.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
+figure img.samples { image-rendering: pixelated; }
 figure img { display: block; width: 100%; max-width: 44rem; height: auto; }
 figcaption { font-size: .9rem; margin-top: .5rem; max-width: 44rem; }
 figcaption strong { color: var(--ink); }

@@ -9,12 +9,14 @@ import pandas as pd
 
 from analysis.drawing import Picture, styles_of, write_png
 from analysis.figures import Styles, accuracy_against_memory, memory_by_category, training_curves
-from analysis.groups import metric_of, with_labels
+from analysis.groups import choice_of, metric_of, with_labels
 from analysis.load import load_curves, load_runs
 from analysis.page import Section, bullets, figure, page, paragraph
+from analysis.samples import samples_section
 from analysis.sections import comparison_table, environment_table, lead, runs_table
-from analysis.summary import protocol_sentence, sentences
+from analysis.summary import protocol_sentence, sentences, source_sentences
 from analysis.tables import SPREAD, columns, comparison, print_table, write_tables
+from snell_scale import metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,12 +45,14 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str, note: str |
     write_tables(table, shown, output)
     for picture, _ in pictures:
         write_png(picture, output)
-    told = [*sentences(table, runs), protocol_sentence(runs.loc[runs["compared"]])]
+    compared = runs.loc[runs["compared"]]
+    told = [*sentences(table, runs), *source_sentences(compared), protocol_sentence(compared)]
     figures = "".join(figure(picture, caption) for picture, caption in pictures)
     sections = [
         Section("summary", "Summary", paragraph(told[0], kind="finding") + bullets(told[1:])),
         Section("comparison", "Comparison", comparison_table(table, shown, styles)),
         Section("pictures", "Pictures", f'<div class="figures">{figures}</div>'),
+        *samples_section(runs),
         Section("runs", "Every run", runs_table(runs)),
         Section("environment", "Environment", environment_table(runs)),
     ]
@@ -66,18 +70,22 @@ def _pictures(runs: pd.DataFrame, table: pd.DataFrame, metric: str, styles: Styl
     curves = load_curves(ok).merge(ok[["folder", "label"]], on="folder")
     curves["order"] = curves["folder"].map({folder: index for index, folder in enumerate(ok["folder"])})
     curves = curves.sort_values(["order", "step"], kind="stable")
+    better = "Up" if metrics.metric(metric).higher_is_better else "Down"
     sources = ", ".join(sorted(set(runs["memory_source"].dropna())))
     measured = f" Memory as counted from {sources}." if sources else ""
     drawn = (
         (
             accuracy_against_memory(table, metric, styles),
-            f"Up and to the left is better; bars: {SPREAD}.{measured}",
+            f"{better} and to the left is better; bars: {SPREAD}.{measured}",
         ),
         (
             memory_by_category(table),
             f"What stands in memory at the peak of a training step, mean over seeds.{measured}",
         ),
-        (training_curves(curves, metric, styles), "Mean over seeds; the bands are ± one standard deviation."),
+        (
+            training_curves(curves, choice_of(runs), styles),
+            "Mean over seeds; the bands are ± one standard deviation.",
+        ),
     )
     return [(picture, caption) for picture, caption in drawn if picture is not None]
 

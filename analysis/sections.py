@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.drawing import FOREGROUND
 from analysis.figures import Styles
-from analysis.groups import is_number, method_name, metric_name, metric_of, value_text, varied_keys
+from analysis.groups import choice_of, is_number, method_name, metric_name, metric_of, value_text, varied_keys
 from analysis.load import Row, load_environments, rows_of
 from analysis.page import Cell, paragraph, plain_table, sortable_table
 from analysis.tables import SPREAD, Column, number, size
@@ -43,17 +43,18 @@ def comparison_table(table: pd.DataFrame, shown: Sequence[Column], styles: Style
 
 def runs_table(runs: pd.DataFrame) -> str:
     """Every run, however it ended, with the command that makes it again."""
-    metric = metric_of(runs)
-    name = metric_name(metric)
+    metric, choice = metric_of(runs), choice_of(runs)
     keys = varied_keys(runs)
     headings = [Cell("Run"), Cell("Method"), Cell("Status"), Cell("Seed", kind="number")]
     headings += [Cell(key.removeprefix("varied."), kind=_kind(runs[key])) for key in keys]
-    numbers = (f"Test {name}", f"Validation {name}", "Best step", "Peak MiB", "Seconds")
+    scores = (f"Test {metric_name(metric)}", f"Validation {metric_name(choice)}")
+    numbers = (*scores, "Best step", "Peak MiB", "Seconds")
     headings += [*(Cell(heading, kind="number") for heading in numbers), Cell("Command")]
     caption = (
         "Every run that was read, with the command that makes it again. A dash: not measured, or ended before."
     )
-    return sortable_table("runs-table", caption, headings, [_run_cells(run, runs, keys) for run in rows_of(runs)])
+    shown = [_with_scores_of(run, metric, choice) for run in rows_of(runs)]
+    return sortable_table("runs-table", caption, headings, [_run_cells(run, runs, keys) for run in shown])
 
 
 def environment_table(runs: pd.DataFrame) -> str:
@@ -67,6 +68,12 @@ def environment_table(runs: pd.DataFrame) -> str:
 def _comparison_cell(row: Row, column: Column) -> Cell:
     kind = "number" if column.is_number else "bad" if row["status"] != "ok" else ""
     return Cell(column.text(row), row[column.key], kind=kind)
+
+
+def _with_scores_of(run: Row, metric: str, choice: str) -> Row:
+    """A run beside the comparison may have been judged by other metrics: in these it has no score."""
+    own = {} if run["headline"] == metric else {"score": float("nan")}
+    return {**run, **own, **({} if run["metric"] == choice else {"validation_score": float("nan")})}
 
 
 def _run_cells(run: Row, runs: pd.DataFrame, keys: Sequence[str]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """What the data say, in sentences: made from the comparison's numbers, and honest about their spread."""
 
 import itertools
+import json
 import math
 from collections.abc import Collection, Sequence
 
@@ -9,6 +10,7 @@ import pandas as pd
 from analysis.groups import SETTINGS, metric_name, metric_of, varied_keys
 from analysis.load import Row, rows_of
 from analysis.tables import number, score, size
+from snell_scale import metrics
 
 _SUBJECTS = ("snell", "snella")
 _BASELINES = ("lora", "full")
@@ -25,6 +27,15 @@ def sentences(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     told = [_best(table, metric), *(_against(row, other, metric=metric) for row, other in pairs)]
     spoken_of = {row["method"] for pair in pairs for row in pair}
     return told + _variants(table, spoken_of) + _failures(runs) + _few_seeds(table) + _unlike(runs)
+
+
+def source_sentences(runs: pd.DataFrame) -> list[str]:
+    """What made the values of metrics whose name does not say it: one sentence per source and its metrics."""
+    told: dict[str, list[str]] = {}
+    for text in sorted(set(runs["metric_sources"])):
+        for name, source in json.loads(text).items():
+            told.setdefault(source, []).append(metric_name(name))
+    return [f"{_listed(list(dict.fromkeys(names)))}: {source}." for source, names in told.items()]
 
 
 def protocol_sentence(runs: pd.DataFrame) -> str:
@@ -48,7 +59,8 @@ def protocol_sentence(runs: pd.DataFrame) -> str:
 
 def _best(table: pd.DataFrame, metric: str) -> str:
     ranked = [row for row in _ok_rows(table) if not math.isnan(row["score_mean"])]
-    ranked.sort(key=lambda row: row["score_mean"], reverse=True)
+    higher = metrics.metric(metric).higher_is_better
+    ranked.sort(key=lambda row: row["score_mean"], reverse=higher)
     name = metric_name(metric)
     if not ranked:
         return f"No run has a {name} on the test split to report."
@@ -56,7 +68,8 @@ def _best(table: pd.DataFrame, metric: str) -> str:
     if not others:
         return f"{best['label']}: {name} on the test split is {score(best)} ({_seeds(best)})."
     subject = best["label"][:1].upper() + best["label"][1:]
-    told = f"{subject} has the highest {name} on the test split: {score(best)} ({_seeds(best)})."
+    extreme = "highest" if higher else "lowest"
+    told = f"{subject} has the {extreme} {name} on the test split: {score(best)} ({_seeds(best)})."
     if math.isnan(best["score_std"]):
         return f"{told} One seed shows no spread: the order is not settled."
     near = [f"{row['label']} ({score(row)})" for row in others if _overlap(best, row)]
@@ -145,7 +158,8 @@ def _chosen(table: pd.DataFrame, method: str) -> Row | None:
     """The row that stands for a method: of several, the one that validation (never test) ranks first."""
     rows = _ok_rows(table, method)
     if rows and _all_validated(rows):
-        return max(rows, key=lambda row: row["validation_score"])
+        higher = metrics.metric(rows[0]["metric"] or "score").higher_is_better
+        return max(rows, key=lambda row: row["validation_score"] if higher else -row["validation_score"])
     return rows[0] if rows else None
 
 

@@ -9,9 +9,10 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from analysis.groups import capitalized, metric_name, varied_keys, with_labels
+from analysis.groups import capitalized, metric_name, others_of, varied_keys, with_labels
 from analysis.load import Row, rows_of
 from snell_scale.records import MEMORY_CATEGORIES, STATUSES
 
@@ -36,11 +37,12 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per label and status, in numbers; what did not end "ok" keeps a row of its own.
 
     Columns: label, method, status, n, seeds, score_mean, score_std (sample standard deviation, NaN for one
-    run), the means of the other figures, and the varied keys.
+    run), the same of each further reported metric as test_<metric>_mean and _std, the means of the other figures,
+    the metric that chose the weights, and the varied keys.
     """
     runs = runs.loc[runs["compared"]]
     labelled = with_labels(runs)
-    keys = varied_keys(runs)
+    keys, others = varied_keys(runs), [f"test_{name}" for name in others_of(runs) if f"test_{name}" in runs]
     rows = []
     for label in labelled["label"].unique():
         same = labelled.loc[labelled["label"] == label]
@@ -54,7 +56,10 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
                 "seeds": " ".join(str(seed) for seed in sorted(group["seed"])),
                 "score_mean": group["score"].mean(),
                 "score_std": group["score"].std(ddof=1),
+                "metric": group["metric"].iloc[0],
             }
+            row |= {f"{name}_mean": group[name].mean() for name in others}
+            row |= {f"{name}_std": group[name].std(ddof=1) for name in others}
             row |= {name: group[name].mean() for name in _MEANS}
             rows.append(row | {key: group[key].iloc[0] for key in keys})
     return pd.DataFrame(rows)
@@ -69,6 +74,7 @@ def columns(table: pd.DataFrame, metric: str, *, first: str = "Method", with_sco
         Column(first, "label", lambda row: row["label"], is_number=False),
         Column("Trained %", "trainable_percent", lambda row: number(row["trainable_percent"], digits=2)),
         Column(capitalized(metric_name(metric)), "score_mean", score),
+        *(_further(name) for name in _further_metrics(table)),
         Column("n", "n", lambda row: str(row["n"])),
         Column("Peak MiB", "peak_total_mib", lambda row: size(row["peak_total_mib"])),
     ]
@@ -79,11 +85,10 @@ def columns(table: pd.DataFrame, metric: str, *, first: str = "Method", with_sco
         Column("Adapter KiB", "adapter_kib", lambda row: size(row["adapter_kib"])),
     ]
     if not with_score:
-        shown = [column for column in shown if column.key != "score_mean"]
+        shown = [column for column in shown if not column.key.endswith("_mean")]
     if (table["status"] != "ok").any():
-        shown.insert(
-            4 if with_score else 3, Column("Status", "status", lambda row: row["status"], is_number=False)
-        )
+        place = next(index for index, column in enumerate(shown) if column.key == "n") + 1
+        shown.insert(place, Column("Status", "status", lambda row: row["status"], is_number=False))
     return shown
 
 
@@ -150,15 +155,30 @@ def latex(texts: pd.DataFrame, shown: Sequence[Column]) -> str:
 def print_table(table: pd.DataFrame, shown: Sequence[Column], *, title: str) -> None:
     """The table on the terminal; where output goes to a file, lines are as long as the table needs."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
     printed = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for column in shown:
         printed.add_column(column.heading, justify="right" if column.is_number else "left")
     texts = display(table, shown)
     for status, cells in zip(table["status"], texts.values.tolist(), strict=True):
         printed.add_row(*map(escape, cells), style=None if status == "ok" else "red")
+    if not console.is_terminal:
+        wide = console.options.update(width=1000)
+        console = Console(width=max(160, Measurement.get(console, wide, printed).maximum))
     console.print(printed)
+
+
+def _further_metrics(table: pd.DataFrame) -> list[str]:
+    ends = [str(name) for name in table if str(name).startswith("test_") and str(name).endswith("_mean")]
+    return [name.removeprefix("test_").removesuffix("_mean") for name in ends]
+
+
+def _further(metric: str) -> Column:
+    key = f"test_{metric}"
+    return Column(
+        capitalized(metric_name(metric)),
+        f"{key}_mean",
+        lambda row: mean_and_std(row[f"{key}_mean"], row[f"{key}_std"]),
+    )
 
 
 def score(row: Row) -> str:

@@ -9,7 +9,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from analysis.groups import choice_of
 from analysis.load import load_runs
+from snell_scale import metrics
 
 _KEY = "varied.training.lr"
 
@@ -33,6 +35,7 @@ def best_learning_rates(runs: pd.DataFrame) -> pd.DataFrame:
     """
     if _KEY not in runs:
         raise ValueError("no run varies training.lr; give the folder of a study with training.lr in its grid")
+    choice = metrics.metric(choice_of(runs))
     scores = runs["validation_score"].where(runs["status"] == "ok")
     table = (
         runs.assign(score=scores)
@@ -42,13 +45,15 @@ def best_learning_rates(runs: pd.DataFrame) -> pd.DataFrame:
         .sort_index(axis=1)
     )
     rates = [f"{rate:g}" for rate in table.columns]
-    shown = table.map(lambda value: "–" if pd.isna(value) else f"{value:.2f}").set_axis(rates, axis=1)
-    shown["best"] = [_best(scores, rates) for scores in table.to_numpy().tolist()]
+    digits = choice.digits + 1
+    shown = table.map(lambda value: "–" if pd.isna(value) else f"{value:.{digits}f}").set_axis(rates, axis=1)
+    shown["best"] = [_best(scores, rates, higher=choice.higher_is_better) for scores in table.to_numpy().tolist()]
     return shown.rename_axis("method").reset_index()
 
 
-def _best(scores: list[float], rates: list[str]) -> str:
-    usable = [(score, -index) for index, score in enumerate(scores) if not math.isnan(score)]
+def _best(scores: list[float], rates: list[str], *, higher: bool) -> str:
+    sign = 1 if higher else -1
+    usable = [(sign * score, -index) for index, score in enumerate(scores) if not math.isnan(score)]
     return rates[-max(usable)[1]] if usable else "–"
 
 

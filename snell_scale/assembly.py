@@ -28,19 +28,19 @@ def assemble(config: Config, *, world_size: int = 1) -> Assembly:
     """
     config.engine.check()
     config.engine.check_run(config)
+    config.data.check_run(config)
     samples_per_forward(config.training.batch_size, config.training.gradient_accumulation, world_size)
-    data = config.data.build(seed=config.data_seed)
+    data, bundle = build_data_and_model(config)
     if config.training.batch_size > data.sizes["train"]:
         raise ValueError(
             f"training.batch_size={config.training.batch_size} is more than the {data.sizes['train']} training "
             "samples; lower it, or take more samples"
         )
-    bundle = config.model.build(num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed)
     if config.training.activation_checkpointing and not bundle.wrap_points:
         raise ValueError(
             "training.activation_checkpointing=true, but this model lists no blocks to wrap; set it to false"
         )
-    task = config.task.build(class_names=data.class_names)
+    task = config.task.build(data=data, model=bundle)
     total_count = sum(p.numel() for p in bundle.module.parameters())
     tuner = config.method.apply(
         bundle,
@@ -48,4 +48,13 @@ def assemble(config: Config, *, world_size: int = 1) -> Assembly:
         steps_per_epoch=steps_per_epoch(data.train, config.training.batch_size),
         seed=config.seed,
     )
+    config.engine.check_module(tuner.module)
     return Assembly(config, data, bundle, task, tuner, total_count, tuner.num_trainable())
+
+
+def build_data_and_model(config: Config) -> tuple[DataBundle, ModelBundle]:
+    """The data as the model's weights expect them, and the model for them."""
+    config.model.check()
+    data = config.data.build(seed=config.data_seed, preprocessing=config.model.preprocessing())
+    bundle = config.model.build(num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed)
+    return data, bundle

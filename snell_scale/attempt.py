@@ -68,7 +68,7 @@ def blank_result(
         status="failed",
         method=config.method.name,
         model=config.model.describe(),
-        dataset=config.data.name,
+        dataset=config.data.describe(),
         task=config.task.name,
         engine=config.engine.name,
         precision=config.engine.precision,

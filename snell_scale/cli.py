@@ -131,11 +131,18 @@ def compare(
 @app.command("list")
 def list_components(
     kind: Annotated[str, typer.Argument(help="models, methods, tasks, datasets or engines")],
+    *,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="Of models: what each method trains of well-known ones, as Markdown.")
+    ] = False,
 ) -> None:
     """What there is to choose from."""
     kinds = {"models": "model", "methods": "method", "tasks": "task", "datasets": "data", "engines": "engine"}
     if kind not in kinds:
         raise ValueError(f"cannot list {kind!r}, {registry.nearest(kind, list(kinds))}")
+    if sizes:
+        _print_sizes(kind)
+        return
     table = Table("name", "what it is")
     for name in registry.names(kinds[kind]):
         doc = registry.config_class(kinds[kind], name).__doc__ or ""
@@ -173,6 +180,14 @@ def merge(
     config = load_config(config_path, config_class=registry.config_class)
     num_tensors, num_bytes = merge_adapter(config, adapter, output, overwrite=overwrite)
     say(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB")
+
+
+def _print_sizes(kind: str) -> None:
+    if kind != "models":
+        raise ValueError(f"--sizes is of models, got {kind!r}: `snell-scale list models --sizes`")
+    from snell_scale.models.census import census_markdown, census_rows
+
+    print(census_markdown(census_rows()))
 
 
 def _dry_run(config: Config) -> None:

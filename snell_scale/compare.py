@@ -35,11 +35,13 @@ def plan_study(
 ) -> list[PlannedRun]:
     """Every run of the study, validated before the first one starts.
 
-    grid: dotted key → values; it is laid over the file's own `grid:`. Several files are compared with one
-    another, each under the whole grid. ValueError for any mistake, and where two runs would share a folder.
+    grid: dotted key → values; it is laid over the file's own `grid:`. Several files, or the ones that a file's
+    `configs:` lists, are compared with one another, each under the whole grid. ValueError for any mistake, and
+    where two runs would share a folder.
     """
     study = name or "-".join(path.stem for path in paths)
     planned: list[PlannedRun] = []
+    paths, grid = _listed(paths, grid)
     for path in paths:
         raw = read_yaml(path)
         sections = {key: raw.pop(key, None) or {} for key in STUDY_KEYS}
@@ -85,6 +87,23 @@ def run_study(
         results[index] = result
         finished(run, result)
     return [results[index] for index in sorted(results)]
+
+
+def _listed(
+    paths: Sequence[Path], grid: Mapping[str, Sequence[Any]]
+) -> tuple[Sequence[Path], Mapping[str, Sequence[Any]]]:
+    """A file of `configs:` and `grid:` stands for the files that it lists (relative to it), under its grid."""
+    raw = read_yaml(paths[0]) if len(paths) == 1 else {}
+    if "configs" not in raw:
+        return paths, grid
+    unknown = sorted(raw.keys() - {"configs", "grid"})
+    if unknown or not isinstance(raw["configs"], list) or not raw["configs"]:
+        raise ValueError(
+            f"{paths[0]} lists configs, beside which only grid: can stand, but has "
+            f"{', '.join(unknown) or 'none in the list'}"
+        )
+    listed = [paths[0].parent / str(config) for config in raw["configs"]]
+    return listed, _aliased(raw.get("grid") or {}) | _aliased(grid)
 
 
 def _execute(planned: PlannedRun) -> Result:

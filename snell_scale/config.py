@@ -55,6 +55,7 @@ class TrainingConfig(StrictModel):
     clip_grad_norm: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Evaluate and save averaged weights.")
     activation_checkpointing: bool = False
+    num_workers: int = Field(default=0, ge=0, description="Processes of each rank that read and augment samples.")
     compile: bool = Field(default=False, description="torch.compile the module.")
     deterministic: bool = Field(default=False, description="Only deterministic algorithms; slower on a GPU.")
 
@@ -75,13 +76,29 @@ class TrainingConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """Validation chooses the weights, test reports once."""
 
-    every_steps: int = Field(gt=0, description="Optimizer steps between two evaluations on validation.")
+    every_steps: int | None = Field(
+        default=None, gt=0, description="Optimizer steps between two evaluations on validation."
+    )
+    every_epochs: float | None = Field(
+        default=None, gt=0, description="The same in passes over the training split; instead of every_steps."
+    )
     batch_size: int = Field(gt=0)
     protocol: Literal["validation", "best-test"] = Field(
         default="validation",
         description="'best-test' is the published protocol (the best epoch on the TEST split): optimistic, "
         "labelled in the record, for comparison with published tables only.",
     )
+    pictures_every: int | None = Field(
+        default=None,
+        gt=0,
+        description="Write the task's pictures at every so many evaluations too; null: only when training ends.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationConfig":
+        if (self.every_steps is None) == (self.every_epochs is None):
+            raise ValueError("give exactly one of evaluation.every_steps and evaluation.every_epochs")
+        return self
 
 
 class CheckpointConfig(StrictModel):
@@ -140,7 +157,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, config_class
     Raises ValueError with one line per mistake: the key, what came, and the nearest valid key.
     """
     raw = read_yaml(path)
-    for key in STUDY_KEYS:
+    for key in (*STUDY_KEYS, "configs"):
         if raw.pop(key, None) is not None:
             raise ValueError(f"{path} is a study (it has '{key}:'): use `snell-scale compare {path}`")
     return resolve(raw, overrides, config_class=config_class, source=str(path))
@@ -192,6 +209,10 @@ def json_schema(components: Mapping[str, Mapping[str, type[StrictModel]]]) -> di
         "extends": {"type": "string", "description": "Path of the config that this one changes."},
         "variants": extra,
         "grid": {"type": "object", "description": "Dotted key → list of values; every combination is run."},
+        "configs": {
+            "type": "array",
+            "description": "Config files, each run under the grid; stands beside it only.",
+        },
         "cases": {"type": "object", "description": "Label → {dotted key: value}; each is run."},
     }
     return schema

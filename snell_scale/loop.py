@@ -15,8 +15,10 @@ from snell_scale.instrument.communication import CommunicationCounter
 from snell_scale.instrument.divergence import Divergence
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.interfaces import Batch
+from snell_scale.metrics import is_better
 from snell_scale.optimization import learning_rate
-from snell_scale.training import Training, averaged, kept_names, save, total_steps
+from snell_scale.pictures import write_pictures
+from snell_scale.training import Training, averaged, evaluation_interval, kept_names, save, total_steps
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def train(run: Training) -> Outcome:
     total = total_steps(run.config, run.data)
     training, logging = run.config.training, run.config.logging
     measured_step = run.step + min(logging.memory_at_step or 0, total - run.step)
+    interval = evaluation_interval(run.config, run.data)
     batches = _batches(run)
     run.progress.start(total, done=run.step)
     while run.step < total:
@@ -52,7 +55,7 @@ def train(run: Training) -> Outcome:
         run.watch.observe(run.step, loss, norms, norms_matter=not run.engine.skips_steps)
 
         logs = run.step % logging.every_steps == 0 or run.step == total or bool(figures)
-        evaluates = run.step % run.config.evaluation.every_steps == 0 or run.step == total
+        evaluates = run.step % interval == 0 or run.step == total
         saves = run.step == total or _is_multiple(run.step, run.config.checkpoint.every_steps)
         # Reading the watch is a host sync on a GPU: only where the step's figures are read anyway.
         if logs or evaluates or saves or run.engine.device.type == "cpu":
@@ -73,14 +76,22 @@ def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
     was_training = run.model.training
     run.model.eval()
     with averaged(run), torch.no_grad(), run.engine.autocast():
-        sums: dict[str, Tensor] = {}
+        evaluation = run.task.evaluation(run.model, split)
         for batch, counts in _share(run, split):
             run.engine.ranks.beat(run.step)
-            part = run.task.sums(run.model, run.engine.move(batch))
-            part = part if counts else {key: torch.zeros_like(value) for key, value in part.items()}
-            sums = {key: sums[key] + value if key in sums else value for key, value in part.items()}
+            evaluation.add(run.model, run.engine.move(batch), counts=counts)
     run.model.train(was_training)
-    return run.task.metrics(run.engine.sum(sums))
+    return evaluation.metrics(run.engine.sum(evaluation.sums()))
+
+
+def show(run: Training, split: Dataset[Batch], *, prefix: str = "") -> None:
+    """Write the task's pictures of the split into the run's folder; averaged weights where there are some."""
+    was_training = run.model.training
+    run.model.eval()
+    with averaged(run), torch.no_grad(), run.engine.autocast():
+        pictures = run.task.pictures(run.model, split)
+    run.model.train(was_training)
+    run.engine.ranks.first(lambda: write_pictures(run.folder / "pictures", pictures, prefix=prefix))
 
 
 def _batches(run: Training) -> Iterator[StepBatches]:
@@ -94,13 +105,14 @@ def _batches(run: Training) -> Iterator[StepBatches]:
         gradient_accumulation=training.gradient_accumulation,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        num_workers=training.num_workers,
     )
 
 
 def _share(run: Training, split: Dataset[Batch]) -> Iterator[tuple[Batch, bool]]:
     ranks = run.engine.ranks
-    size = run.config.evaluation.batch_size
-    return evaluation_share(split, size, rank=ranks.rank, world_size=ranks.world_size)
+    size, num_workers = run.config.evaluation.batch_size, run.config.training.num_workers
+    return evaluation_share(split, size, rank=ranks.rank, world_size=ranks.world_size, num_workers=num_workers)
 
 
 def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:
@@ -157,11 +169,16 @@ def _evaluate_and_keep_best(run: Training) -> None:
     run.writer.write({"step": run.step, "split": name, **metrics})
     run.progress.evaluated(run.step, name, metrics)
     value = metrics[run.task.metric]
-    if run.best_value is None or value > run.best_value:
+    if run.best_value is None or is_better(run.task.metric, value, run.best_value):
         run.best_value, run.best_step = value, run.step
         with averaged(run):
             # On the host: a second copy of everything that trains would count against the device.
             run.best_weights = run.engine.gather(kept_names(run.model))
+    every = run.config.evaluation.pictures_every
+    # Rounded up: the one after the last step may come before an interval is over.
+    number = -(-run.step // evaluation_interval(run.config, run.data))
+    if every is not None and number % every == 0:
+        show(run, split, prefix=f"step-{run.step:06d}-")
 
 
 def _log(

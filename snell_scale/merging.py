@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from snell_scale.assembly import build_data_and_model
 from snell_scale.config import Config
 from snell_scale.records import write_atomically
 
@@ -28,8 +29,7 @@ def merge_adapter(config: Config, adapter: Path, output: Path, *, overwrite: boo
 
 
 def _merged_module(config: Config, adapter: Path) -> nn.Module:
-    data = config.data.build(seed=config.data_seed)
-    bundle = config.model.build(num_classes=len(data.class_names), input_spec=data.input_spec, seed=config.seed)
+    _, bundle = build_data_and_model(config)
     if (adapter / "adapter_config.json").is_file():
         return _merge_peft(bundle.module, adapter)
     from snell_scale.tuners.methods.trained_file import load_trained

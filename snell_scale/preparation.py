@@ -1,6 +1,8 @@
 """From a run's parts to a training: selection, placement and sharding, optimizer, an earlier attempt's state."""
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -49,7 +51,8 @@ def set_up(
 ) -> Training:
     """Selection, activation checkpointing, placement and sharding, optimizer; then the checkpoint's state."""
     config, tuner, ranks = parts.config, parts.tuner, engine.ranks
-    module, forward = _distribute(parts, engine, selects=tuner.needs_selection and checkpoint is None)
+    parts = _prepared(parts, engine, selects=tuner.needs_selection and checkpoint is None)
+    module, forward = _distribute(parts, engine)
     averages = AveragedWeights(module, config.training.ema_decay) if config.training.ema_decay else None
     ranks.beat()
     training = Training(
@@ -82,12 +85,20 @@ def _open_writer(folder: Path, ranks: Ranks, *, keep_until_step: int) -> StepWri
     return opened[0] if opened else NoWriter()
 
 
-def _distribute(parts: Assembly, engine: Engine, *, selects: bool) -> tuple[nn.Module, nn.Module]:
-    """(module, what a step calls): selected, checkpointed, sharded, with an optimizer."""
+def _prepared(parts: Assembly, engine: Engine, *, selects: bool) -> Assembly:
+    """With the task's data, and with weights selected; a resumed run restores which ones were."""
+    # As it is before it knows the other ranks: in selecting, a rank's batches are its own, some ranks have fewer.
+    alone = copy.copy(parts.task)
+    parts = replace(parts, data=parts.task.prepare(parts.data, engine))
+    if selects:
+        parts.tuner.module.to(engine.device)
+        parts.tuner.select(_training_losses(replace(parts, task=alone), engine), engine.sum_in_place)
+    return parts
+
+
+def _distribute(parts: Assembly, engine: Engine) -> tuple[nn.Module, nn.Module]:
+    """(module, what a step calls): checkpointed, sharded, with an optimizer."""
     config, tuner = parts.config, parts.tuner
-    if selects:  # a resumed run restores what was selected
-        tuner.module.to(engine.device)
-        tuner.select(_training_losses(parts, engine), engine.sum_in_place)
     blocks = [parts.bundle.module.get_submodule(name) for name in parts.bundle.wrap_points]
     if config.training.activation_checkpointing:
         checkpoint_activations(parts.bundle.module, parts.bundle.wrap_points)

@@ -107,4 +107,6 @@ class Bar:
 
 
 def _figures(split: str, metrics: Mapping[str, float]) -> str:
-    return split + " " + " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    """Without what belongs to single classes: that can be a hundred figures."""
+    shown = {name: value for name, value in metrics.items() if "/" not in name}
+    return split + " " + " ".join(f"{name} {value:.4g}" for name, value in shown.items())

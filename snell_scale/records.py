@@ -25,9 +25,12 @@ MEMORY_CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "tem
 class Result:
     """result.json. Bytes are bytes, times seconds; None where a run ended before the value existed.
 
-    metrics: split → metric → value, e.g. metrics["test"]["top1"] in percent.
+    metrics: split → metric → value, e.g. metrics["test"]["top1"] in percent. `metric` chose the best step;
+    `reported` are those of the test split that tables show, the most telling first (empty: `metric`).
+    metric_sources: metric → what made its value, where its name does not say it (the feature backend of a FID).
     memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"}}.
     throughput: {"images_per_s", "step_ms_median", …}, as instrument.throughput reports it.
+    skipped: what data.skip_broken left out of the data, file by file.
     varied: the dotted keys in which this run differs from the others of its comparison.
     communication: what one step's collectives carried, as instrument.communication reports it; None on one rank.
     protocol: "validation" (validation chooses, test reports once) or "best-test" (published, optimistic).
@@ -47,6 +50,9 @@ class Result:
     protocol: str = "validation"
     message: str | None = None
     metric: str | None = None
+    reported: tuple[str, ...] = ()
+    metric_sources: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     best_step: int | None = None
     steps: int = 0

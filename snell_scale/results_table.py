@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from snell_scale.metrics import metric
 from snell_scale.records import Result
 
 # Wide where nobody watches: a log must not lose the end of a name.
@@ -17,13 +18,14 @@ def print_results(results: list[Result]) -> None:
     """One row per run."""
     table = Table("run", "status", "validation", "test", "trainable", "peak MiB", "images/s")
     for result in results:
-        metric = result.metric or ""
+        name = result.metric or ""
+        digits = f".{max(2, metric(name).digits)}f"
         peak = (result.memory or {}).get("peak") or {}
         speed = result.throughput.get("images_per_s")
         table.add_row(
             escape(result.name),
             result.status,
-            *(_figure(result.metrics.get(split, {}).get(metric), ".2f") for split in ("validation", "test")),
+            *(_figure(result.metrics.get(split, {}).get(name), digits) for split in ("validation", "test")),
             _figure(result.trainable_parameters, ",d"),
             _figure(peak.get("total_bytes", 0) / 2**20 or None, ".1f"),
             _figure(speed, ",.0f"),

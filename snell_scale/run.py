@@ -24,7 +24,7 @@ from snell_scale.config import Config, to_dict
 from snell_scale.data.batches import evaluation_batches
 from snell_scale.instrument.environment import collect_environment
 from snell_scale.interfaces import Engine, Ranks, Tuner
-from snell_scale.loop import evaluate, train
+from snell_scale.loop import evaluate, show, train
 from snell_scale.preparation import find_checkpoint, set_up
 from snell_scale.progress import make_progress
 from snell_scale.records import Result, write_json, write_result, write_yaml
@@ -110,6 +110,9 @@ def _run(
         attempt.result,
         engine=engine.describe(),
         metric=parts.task.metric,
+        reported=parts.task.reported,
+        metric_sources=parts.task.describe_metrics(),
+        skipped=parts.data.skipped,
         total_steps=total_steps(config, parts.data),
         trainable_parameters=parts.trainable_parameters,
         total_parameters=parts.total_parameters,
@@ -148,6 +151,7 @@ def _train_and_report(training: Training, attempt: Attempt) -> Result:
     result = replace(attempt.so_far(), memory=_memory_of_ranks(training))
     clock = time.perf_counter()
     metrics = _final_metrics(training)
+    show(training, training.data.test)
     adapter_bytes = save_adapter(training.engine, training.tuner, training.folder / "adapter")
     evaluation = time.perf_counter() - clock
     seconds = {**result.seconds, "evaluate": evaluation, "total": result.seconds["total"] + evaluation}
@@ -167,10 +171,11 @@ def _final_metrics(training: Training) -> dict[str, dict[str, float]]:
     """Metrics of the best weights, which stay loaded: validation again, and test for the first time."""
     training.engine.scatter(training.best_weights)
     training.averages = None  # the best weights are averages already, where averages were asked for
-    return {
-        "validation": evaluate(training, training.data.validation),
-        "test": evaluate(training, training.data.test),
-    }
+    validation, test = evaluate(training, training.data.validation), evaluate(training, training.data.test)
+    training.model.eval()
+    with torch.no_grad(), training.engine.autocast():
+        test |= training.task.test_metrics(training.model, training.data)
+    return {"validation": validation, "test": test}
 
 
 def save_adapter(engine: Engine, tuner: Tuner, folder: Path) -> int:
@@ -196,7 +201,8 @@ def _measure_evaluation(training: Training) -> None:
     training.model.eval()
     # Of the ranks each takes the same batch: where weights are sharded, a forward takes all ranks.
     with training.probe, training.probe.phase("evaluate"), torch.no_grad(), training.engine.autocast():
-        training.task.sums(training.model, training.engine.move(batch))
+        evaluation = training.task.evaluation(training.model, training.data.validation)
+        evaluation.add(training.model, training.engine.move(batch))
     training.model.train()
 
 

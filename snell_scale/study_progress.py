@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from snell_scale.compare import PlannedRun
+from snell_scale.metrics import metric
 from snell_scale.records import Result
 
 
@@ -51,8 +52,11 @@ class StudyProgress:
         self._num_done += 1
         self._bar.advance(self._task)
         # Validation, not test: this line is watched while settings are being chosen.
-        value = result.metrics.get("validation", {}).get(result.metric or "")
-        figure = f"validation {result.metric} {value:.2f}" if value is not None else (result.message or "")[:120]
+        name = result.metric or ""
+        value = result.metrics.get("validation", {}).get(name)
+        figure = (result.message or "")[:120]
+        if value is not None:
+            figure = f"validation {name} {value:.{max(2, metric(name).digits)}f}"
         seconds = result.seconds.get("total")
         took = f"{seconds:.0f} s" if seconds is not None else ""
         count = f"[{self._num_done}/{self._num_runs}]".rjust(9)

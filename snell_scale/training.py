@@ -87,6 +87,14 @@ def total_steps(config: Config, data: DataBundle) -> int:
     return max(1, round(config.training.epochs * steps_per_epoch(data.train, config.training.batch_size)))
 
 
+def evaluation_interval(config: Config, data: DataBundle) -> int:
+    """Optimizer steps between two evaluations."""
+    if config.evaluation.every_steps is not None:
+        return config.evaluation.every_steps
+    assert config.evaluation.every_epochs is not None
+    return max(1, round(config.evaluation.every_epochs * steps_per_epoch(data.train, config.training.batch_size)))
+
+
 def save(run: Training) -> None:
     """A checkpoint with all that a resumed run needs to continue as if it had not stopped."""
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}

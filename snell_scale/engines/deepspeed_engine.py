@@ -29,6 +29,7 @@ from snell_scale.engines.deepspeed_process import leave_deepspeed, load_deepspee
 from snell_scale.engines.deepspeed_state import LossScale, load_state, state_writer
 from snell_scale.engines.distributed import DistributedConfig
 from snell_scale.engines.ranks import Ranks
+from snell_scale.engines.shardable import check_shardable
 from snell_scale.engines.torch_engine import TorchEngine
 from snell_scale.interfaces import ShardWriter, StepPlan
 
@@ -62,6 +63,10 @@ class DeepSpeedConfig(DistributedConfig):
                 "engine.name is 'deepspeed', which is not installed: pip install snell-scale[deepspeed]"
             )
         self.read_json()
+
+    def check_module(self, module: nn.Module) -> None:
+        if self.zero_stage == 3:
+            check_shardable(module, "engine.zero_stage=3")
 
     def check_run(self, config: Config) -> None:
         refused = {

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from snell_scale.config import Config
 from snell_scale.engines.distributed import DistributedConfig
 from snell_scale.engines.ranks import Ranks
+from snell_scale.engines.shardable import check_shardable
 from snell_scale.engines.torch_engine import TorchEngine
 
 # Every parameter stays in its own dtype, frozen bf16 beside trained fp32: autocast reconciles them.
@@ -46,6 +47,9 @@ class Fsdp2Config(DistributedConfig):
                 "training.compile does not go with engine.name=fsdp2: what is compiled would have to include the "
                 "gathering of the weights; set it to false, or engine.name=ddp"
             )
+
+    def check_module(self, module: nn.Module) -> None:
+        check_shardable(module, "engine.name=fsdp2")
 
     def build(self, ranks: Ranks) -> "Fsdp2Engine":
         """ValueError where the ranks cannot be divided into `replicas` groups."""

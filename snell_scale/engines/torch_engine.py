@@ -60,6 +60,10 @@ class EngineConfig(StrictModel):
         """ValueError where the rest of the config asks for what this engine cannot do."""
         return None
 
+    def check_module(self, module: nn.Module) -> None:
+        """ValueError where this engine cannot keep the module that is to be trained."""
+        return None
+
     def device_of(self, ranks: Ranks) -> torch.device:
         """Where this rank computes: of several GPUs the one of its number on this machine."""
         uses_cuda = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
