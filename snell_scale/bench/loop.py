@@ -22,7 +22,7 @@ from snell_scale.config import Config
 from snell_scale.engines.checkpoint import Checkpoints
 from snell_scale.interfaces import Ranks
 from snell_scale.loop import train
-from snell_scale.models.timm_models import TimmConfig
+from snell_scale.models.timm.config import TimmConfig
 from snell_scale.optimization import trainable_parameters
 from snell_scale.preparation import set_up
 from snell_scale.progress import Silent

@@ -15,9 +15,10 @@ from snell_scale import registry
 from snell_scale.assembly import assemble
 from snell_scale.bench.settings import LoopSettings, method_settings
 from snell_scale.bench.workloads import TARGETS
-from snell_scale.config import Config, StrictModel, resolve
+from snell_scale.config import Config, resolve
 from snell_scale.data.batches import StepBatches, training_batches
-from snell_scale.interfaces import Batch, DataBundle, InputSpec, SampleKey
+from snell_scale.data.config import DataConfig, bundle_of
+from snell_scale.interfaces import Batch, DataBundle, InputSpec, Preprocessing, SampleKey
 from snell_scale.optimization import make_optimizer
 
 _NUM_CLASSES = 100
@@ -26,23 +27,26 @@ _BATCHES_PER_EPOCH = 4
 _ADAPTER_LR, _FULL_LR = 1e-3, 1e-5
 
 
-class SyntheticConfig(StrictModel):
+class SyntheticConfig(DataConfig):
     """Noise of a stated size with random labels, in memory."""
 
     name: Literal["synthetic"] = "synthetic"
     image_size: tuple[int, int, int] = Field(description="Channels, height, width.")
     num_samples: int = Field(gt=0)
 
-    def build(self, *, seed: int) -> DataBundle:
+    def build(self, *, seed: int, preprocessing: Preprocessing | None = None) -> DataBundle:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn((self.num_samples, *self.image_size), generator=generator)
         labels = torch.randint(_NUM_CLASSES, (self.num_samples,), generator=generator)
         split = _Synthetic(images, labels)
         channels, height, width = self.image_size
         spec = InputSpec(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels)
-        names = tuple(str(number) for number in range(_NUM_CLASSES))
-        sizes = {name: self.num_samples for name in ("train", "validation", "test")}
-        return DataBundle(split, split, split, names, spec, sizes)
+        return bundle_of(
+            dict.fromkeys(("train", "validation", "test"), split),
+            class_names=[str(number) for number in range(_NUM_CLASSES)],
+            input_spec=spec,
+            fields={"image", "label"},
+        )
 
 
 class _Synthetic(Dataset[Batch]):

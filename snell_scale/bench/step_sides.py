@@ -14,8 +14,9 @@ from snell_scale.bench.naive_snell import NaiveSnell, NaiveSnellLinear
 from snell_scale.bench.settings import MKL_SIDE
 from snell_scale.bench.workloads import TARGETS, Workload
 from snell_scale.interfaces import ModelBundle
+from snell_scale.tuners.methods.base import always_trained, train_only
 from snell_scale.tuners.methods.peft_methods import LoraMethodConfig, ShiraMethodConfig, SnellMethodConfig
-from snell_scale.tuners.methods.plain import FullConfig, ProbeConfig
+from snell_scale.tuners.methods.plain import FullConfig
 from snell_scale.tuners.snell import SnellLayer
 
 # The published rate of the adapters, so that thresholds move as they do in training; and one at which a randomly
@@ -103,7 +104,9 @@ def _of_base_dtype(module: nn.Module, bundle: ModelBundle) -> nn.Module:
 
 
 def _probe(bundle: ModelBundle, case: Case) -> nn.Module:
-    return _apply(ProbeConfig(), bundle)
+    """Frozen but for the head, which a UNet has not: the method itself asks for one."""
+    train_only(bundle.module, always_trained(bundle, train_extra=False))
+    return bundle.module
 
 
 def _full(bundle: ModelBundle, case: Case) -> nn.Module:

@@ -1,7 +1,6 @@
 """Denoising steps of Stable Diffusion's UNets for `bench gpu`: their published sizes, with random weights."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from snell_scale.bench.workloads import TARGETS, Workload
 from snell_scale.interfaces import InputSpec, ModelBundle
+from snell_scale.models.diffusers.arguments import import_diffusers
+from snell_scale.models.diffusers.shapes import SHAPES
 
 _ATTENTION = r"attn[12]\.to_(q|k|v|out\.0)"
 _FEED_FORWARD = r"ff\.net\.(0\.proj|2)"
@@ -18,23 +19,9 @@ _NUM_TIMESTEPS = 1000
 # What SDXL is told beside the text: a pooled embedding, and six numbers about the image's size and crop.
 _POOLED, _NUM_SIZES = "text_embeds", 6
 
-UNETS: Mapping[str, dict[str, Any]] = {
-    # huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 : unet/config.json
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    # huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 : unet/config.json
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "cross_attention_dim": 2048,
-    },
+UNETS: Mapping[str, Mapping[str, Any]] = {
+    "sd15": SHAPES["sd15"].arguments,
+    "sdxl": SHAPES["sdxl"].arguments,
     "tiny": {
         "sample_size": 8,
         "block_out_channels": (16, 32),
@@ -53,13 +40,7 @@ UNETS: Mapping[str, dict[str, Any]] = {
 
 def make_unet(name: str) -> nn.Module:
     """UNet2DConditionModel of these sizes on the current default device. ValueError without diffusers."""
-    try:
-        diffusers = import_module("diffusers")
-    except ImportError as error:
-        raise ValueError(
-            f"diffusers cannot be imported ({error}): pip install 'snell-scale[diffusion]'"
-        ) from None
-    return diffusers.UNet2DConditionModel(**UNETS[name])
+    return import_diffusers().UNet2DConditionModel(**UNETS[name])
 
 
 def unet_workload(

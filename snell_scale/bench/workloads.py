@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_scale.interfaces import InputSpec, ModelBundle
-from snell_scale.models.timm_models import TimmConfig
+from snell_scale.models.timm.config import TimmConfig
 
 TARGETS = "linear"
 _NUM_CLASSES = 100

@@ -1,24 +1,21 @@
 """timm models: what is built, from which weights, and what a mistake in the config says."""
 
-import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snell_scale.interfaces import InputSpec, ModelBundle
-from snell_scale.models.timm_models import TimmConfig
-from snell_scale.registry import config_class, names
+from snell_scale.interfaces import InputSpec, ModelBundle, Preprocessing
+from snell_scale.models.timm.config import TimmConfig
 
 GRAY = InputSpec(1, 8, 8, (0.3,), (0.4,))
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
-
-# One small config per registered model family; adding one to the registry means adding one here.
-SAMPLES: dict[str, dict[str, Any]] = {"timm": {"architecture": "vision_transformer", "arguments": TINY}}
 
 
 def tiny(**changes: Any) -> TimmConfig:
@@ -35,38 +32,6 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.safetensors"
     save_file(build(tiny(), num_classes=5, seed=7).module.state_dict(), path)
     return path
-
-
-@pytest.mark.parametrize("name", names("model"))
-def test_contract_the_bundle_describes_its_module(name: str) -> None:
-    config = config_class("model", name).model_validate({"name": name, **SAMPLES[name]})
-    bundle: ModelBundle = config.build(num_classes=3, input_spec=GRAY, seed=0)
-    assert bundle.module(torch.randn(2, 1, 8, 8)).shape == (2, 3)
-    modules = dict(bundle.module.named_modules())
-    parameters = dict(bundle.module.named_parameters())
-    assert {*bundle.wrap_points, *bundle.head_modules} <= modules.keys()
-    assert {*bundle.extra_trainable, *bundle.no_decay} <= parameters.keys()
-    assert "all" in bundle.target_groups
-    for pattern in bundle.target_groups.values():
-        matched = [n for n in modules if re.fullmatch(pattern, n)]
-        assert matched
-        assert not any(n.startswith(head) for n in matched for head in bundle.head_modules)
-    assert isinstance(config.describe(), str)
-    assert all(p.requires_grad for p in parameters.values())
-
-
-@pytest.mark.parametrize("name", names("model"))
-def test_contract_the_seed_alone_decides_the_initial_weights(name: str) -> None:
-    config = config_class("model", name).model_validate({"name": name, **SAMPLES[name]})
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = config.build(num_classes=3, input_spec=GRAY, seed=5).module.state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    again = config.build(num_classes=3, input_spec=GRAY, seed=5).module.state_dict()
-    other = config.build(num_classes=3, input_spec=GRAY, seed=6).module.state_dict()
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 def test_a_new_head_is_not_loaded_and_the_rest_is(weights: Path) -> None:
@@ -137,6 +102,129 @@ def test_absent_weights_are_refused_before_anything_is_built(tmp_path: Path) -> 
 def test_what_cannot_be_built_says_why(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(tiny(**settings))
+
+
+VIT = "vit_base_patch16_224"
+HALF, IMAGENET = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
+
+
+def published(architecture: str, **changes: Any) -> InputSpec:
+    spec = TimmConfig(architecture=architecture, **changes).preprocessing().image
+    assert spec is not None
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "mean", "crop"),
+    [
+        (VIT, 224, HALF, 0.9),
+        ("vit_large_patch16_224.mae", 224, IMAGENET, 0.9),
+        ("vit_base_patch14_dinov2", 518, IMAGENET, 1.0),
+        ("eva02_large_patch14_448", 448, (0.48145466, 0.4578275, 0.40821073), 1.0),
+        ("convnext_base", 224, IMAGENET, 0.875),
+    ],
+)
+def test_the_input_is_what_timms_entry_of_the_name_says(
+    architecture: str, size: int, mean: tuple[float, ...], crop: float
+) -> None:
+    spec = published(architecture)
+    assert (spec.channels, spec.height, spec.width) == (3, size, size)
+    assert (spec.mean, spec.interpolation, spec.crop_fraction) == (mean, "bicubic", crop)
+
+
+def test_an_explicit_transformer_leaves_the_input_to_the_data(weights: Path) -> None:
+    assert tiny().preprocessing() == Preprocessing()
+    assert tiny(weights=str(weights)).preprocessing() == Preprocessing()
+
+
+def plain_vit() -> dict[str, Tensor]:
+    names = ("cls_token", "pos_embed", "blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.weight")
+    return {name: torch.zeros(1) for name in names}
+
+
+def test_the_weights_layout_goes_before_the_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mae, jax = tmp_path / "mae.pth", tmp_path / "jax.npz"
+    torch.save({"model": plain_vit()}, mae)
+    np.savez(jax, allow_pickle=False, **{"embedding/kernel": np.zeros(1)})
+    assert published(VIT, weights=str(mae)).mean == IMAGENET
+    assert published("vit_large_patch16_224.mae", weights=str(jax)).mean == HALF
+    assert not capfd.readouterr().err
+
+
+def test_statistics_that_nothing_tells_are_said_to_be_guessed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plain.pth"
+    torch.save(plain_vit(), path)
+    assert published(VIT, weights=str(path)).mean == HALF
+    assert "does not tell which mean it expects" in capfd.readouterr().err
+    assert published(f"{VIT}.dino", weights=str(path)).mean == IMAGENET
+    assert published("convnext_base.fb_in1k", weights=str(path)).mean == IMAGENET
+    assert not capfd.readouterr().err
+
+
+def test_the_config_goes_before_both(tmp_path: Path) -> None:
+    path = tmp_path / "jax.npz"
+    np.savez(path, allow_pickle=False, **{"embedding/kernel": np.zeros(1)})
+    given: dict[str, Any] = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0], "interpolation": "bilinear"}
+    spec = published(VIT, weights=str(path), **given)
+    assert (spec.mean, spec.std, spec.interpolation) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": [0.5]}, "mean does nothing for vision_transformer"),
+        ({"architecture": VIT, "arguments": {}, "mean": [0.5], "std": [0.5] * 3}, "mean has 1 numbers and std 3"),
+        ({"architecture": VIT, "arguments": {}, "std": [0.5, 0.0, 0.5]}, "std is .*above 0"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny(**settings)
+
+
+def test_one_mean_for_three_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.mean has 1 numbers, the weights take 3 channels"):
+        published(VIT, mean=[0.5])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A timm model in the layout of its hub."""
+    module = timm.create_model("test_vit", num_classes=5)
+    timm.models.save_for_hf(module, str(tmp_path / "hub"), safe_serialization=True)
+    return tmp_path / "hub"
+
+
+def test_a_folder_in_the_hubs_layout(folder: Path) -> None:
+    saved = load_file(folder / "model.safetensors")
+    config = TimmConfig(architecture=f"local-dir:{folder}", weights="pretrained", head="keep")
+    spec = config.preprocessing().image
+    assert spec is not None
+    assert (spec.height, spec.mean) == (160, HALF)
+    module = config.build(num_classes=5, input_spec=spec, seed=0).module
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(ValueError, match="has 5 classes and the data 3"):
+        config.build(num_classes=3, input_spec=spec, seed=0)
+
+
+def test_a_folder_without_a_model_is_refused(folder: Path) -> None:
+    config = TimmConfig(architecture=f"local-dir:{folder}", weights="pretrained")
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"could not be read.*expected the config.json"):
+        config.check()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"could not be read.*expected the config.json"):
+        config.check()
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = TimmConfig(architecture="hf-hub:timm/no_such_model", weights="pretrained")
+    config.check()
+    with pytest.raises(ValueError, match=r"could not be read.*local-dir:PATH"):
+        config.preprocessing()
 
 
 def test_arguments_that_follow_from_the_data_are_refused() -> None:

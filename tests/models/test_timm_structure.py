@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from snell_scale.interfaces import InputSpec, ModelBundle
-from snell_scale.models.timm_models import TimmConfig
+from snell_scale.models.timm.config import TimmConfig
 
 COLOUR = (3, (0.5,) * 3, (0.5,) * 3)
 
@@ -47,6 +47,20 @@ def test_vit_base() -> None:
         ("swin_tiny_patch4_window7_224", 224, 12, 51, ("head.fc",)),
         ("deit_tiny_distilled_patch16_224", 224, 12, 48, ("head", "head_dist")),
         ("vit_huge_patch14_224", 224, 32, 128, ("head",)),
+        ("vit_large_patch16_224.mae", 224, 24, 96, ("head",)),
+        ("vit_huge_patch14_clip_224.laion2b", 224, 32, 128, ("head",)),
+        ("vit_base_patch14_dinov2", 518, 12, 48, ("head",)),
+        ("vit_giant_patch14_reg4_dinov2", 518, 40, 160, ("head",)),
+        ("vit_large_patch16_dinov3", 256, 24, 96, ("head",)),
+        ("swin_base_patch4_window7_224", 224, 24, 99, ("head.fc",)),
+        ("convnext_base", 224, 36, 75, ("head.fc",)),
+        ("eva_giant_patch14_224", 224, 40, 160, ("head",)),
+        # q, k and v apart, and a gated MLP of three layers
+        ("eva02_large_patch14_448", 448, 24, 168, ("head",)),
+        # blocks with their norms behind
+        ("eva02_enormous_patch14_clip_224", 224, 64, 256, ("head",)),
+        # without the MLPs that make its tables of position biases
+        ("swinv2_base_window8_256", 256, 24, 99, ("head.fc",)),
     ],
 )
 def test_other_families(
@@ -68,3 +82,36 @@ def test_a_pattern_matches_no_module_that_was_not_meant() -> None:
     kinds = {type(bundle.module.get_submodule(name)).__name__ for name in matched(bundle, "all")}
     assert kinds == {"Conv2d"}
     assert not any(name.startswith("conv1") for name in matched(bundle, "all"))
+
+
+def test_groups_of_swin() -> None:
+    bundle = on_meta("swin_base_patch4_window7_224", 224)
+    assert {name.split(".")[-1] for name in matched(bundle, "attention")} == {"qkv", "proj"}
+    assert {name.split(".")[-1] for name in matched(bundle, "mlp")} == {"fc1", "fc2"}
+    mergers = [f"layers.{i}.downsample.reduction" for i in (1, 2, 3)]
+    grouped = {*matched(bundle, "attention"), *matched(bundle, "mlp")}
+    assert [name for name in matched(bundle, "all") if name not in grouped] == mergers
+
+
+def test_groups_of_convnext() -> None:
+    bundle = on_meta("convnext_base", 224)
+    assert "attention" not in bundle.target_groups
+    assert {name.split(".")[-1] for name in matched(bundle, "linear")} == {"fc1", "fc2"}
+    mergers = [f"stages.{i}.downsample.1" for i in (1, 2, 3)]
+    assert set(matched(bundle, "all")) == {*matched(bundle, "linear"), *mergers}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "fused"),
+    [
+        ("vit_giant_patch14_dinov2", 518, {"qkv": 3, "fc1": 2}),
+        ("vit_base_patch16_siglip_224", 224, {"qkv": 3, "kv": 2}),
+        # q, k and v of a head lie together
+        ("tiny_vit_5m_224", 224, {}),
+        ("coatnet_0_rw_224", 224, {}),
+    ],
+)
+def test_stacked_matrices_are_told_from_interleaved_ones(
+    architecture: str, size: int, fused: dict[str, int]
+) -> None:
+    assert dict(on_meta(architecture, size).fused_groups) == fused

@@ -1,0 +1,1 @@
+"""Denoising models from diffusers, and the frozen encoders before them."""

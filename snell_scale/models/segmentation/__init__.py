@@ -1,0 +1,1 @@
+"""A timm backbone with a decoder that labels pixels."""

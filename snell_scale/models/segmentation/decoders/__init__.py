@@ -1,0 +1,1 @@
+"""Decoders of segmentation models: feature maps in, logits per class and place out."""

@@ -1,0 +1,1 @@
+"""Reading weights from files without running what they hold, and seeing whether they fit."""
