@@ -74,7 +74,7 @@ def evaluation_batches(dataset: Dataset[Batch], batch_size: int, *, num_workers:
 
 
 def evaluation_share(
-    dataset: Dataset[Batch], batch_size: int, *, rank: int, world_size: int
+    dataset: Dataset[Batch], batch_size: int, *, rank: int, world_size: int, num_workers: int = 0
 ) -> Iterator[tuple[Batch, bool]]:
     """This rank's part of `evaluation_batches`, every `world_size`-th; with each, whether it counts.
 
@@ -82,7 +82,7 @@ def evaluation_share(
     gets the first batch again, which does not count.
     """
     keys = _evaluation_keys(dataset, batch_size)
-    yield from ((batch, True) for batch in _load(dataset, keys[rank::world_size], num_workers=0))
+    yield from ((batch, True) for batch in _load(dataset, keys[rank::world_size], num_workers))
     if len(keys) % world_size and rank >= len(keys) % world_size:
         yield next(_load(dataset, keys[:1], num_workers=0)), False
 

@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 
-from snell_scale.config import StrictModel
-from snell_scale.interfaces import Batch, DataBundle, InputSpec, SampleKey
+from snell_scale.data.config import DataConfig, bundle_of
+from snell_scale.interfaces import Batch, DataBundle, InputSpec, Preprocessing, SampleKey
 
-# Of all 1,797 images in [0, 1]: constants, so that models of different classes and splits see one scale.
-_MEAN, _STD = 0.3053, 0.3760
+# (mean, std) in [0, 1]. Standardized: of all 1,797 images, so that models of different classes and splits see one
+# scale; symmetric: [-1, 1], as models that generate images have it.
+_SCALINGS = {"standardized": (0.3053, 0.3760), "symmetric": (0.5, 0.5)}
 _NATIVE_SIZE = 8
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-class DigitsConfig(StrictModel):
+class DigitsConfig(DataConfig):
     """scikit-learn's 1,797 handwritten 8x8 digits, real images that need no download."""
 
     name: Literal["digits"] = "digits"
@@ -36,6 +38,14 @@ class DigitsConfig(StrictModel):
     validation_per_class: int | None = Field(default=None, gt=0)
     validation_fraction: float | None = Field(default=None, gt=0, lt=1, description="Or validation_per_class.")
     shift_pixels: int = Field(default=0, ge=0, description="Training images move up to so many pixels each way.")
+    channels: Literal[1, 3] = Field(default=1, description="3: the grey image three times, for models of colour.")
+    scaling: Literal["standardized", "symmetric"] = Field(
+        default="standardized", description="symmetric: [-1, 1], for models that generate images."
+    )
+    captions: tuple[str, ...] = Field(
+        default=(),
+        description="Sentences with {} for the digit's word, which the images get in turn: ['a handwritten {}'].",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DigitsConfig":
@@ -47,9 +57,12 @@ class DigitsConfig(StrictModel):
             count, fraction = getattr(self, f"{split}_per_class"), getattr(self, f"{split}_fraction")
             if (count is None) == (fraction is None):
                 raise ValueError(f"give exactly one of {split}_per_class and {split}_fraction")
+        wrong = [text for text in self.captions if [text.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]]
+        if wrong:
+            raise ValueError(f"captions has {wrong[0]!r}, expected one {{}} in it, where the digit's word goes")
         return self
 
-    def build(self, *, seed: int) -> DataBundle:
+    def build(self, *, seed: int, preprocessing: Preprocessing | None = None) -> DataBundle:
         """Three disjoint stratified splits chosen by `seed`; what train and validation leave is the test split.
 
         ValueError if a class has too few images to leave one for each split.
@@ -61,22 +74,33 @@ class DigitsConfig(StrictModel):
             parts = self._split(np.flatnonzero(labels == digit), digit=digit, seed=seed)
             for split, part in zip(splits.values(), parts, strict=True):
                 split.append(part)
+        captions = tuple(text.format(_WORDS[digit]) for digit in classes for text in self.captions)
+        tokenize = preprocessing.tokenize if preprocessing else None
+        texts = tokenize(captions) if tokenize and captions else None
+        mean, std = _SCALINGS[self.scaling]
         datasets = {
             name: DigitsSplit(
-                images[np.concatenate(parts)],
+                (images[np.concatenate(parts)] - mean) / std,
                 torch.from_numpy(np.repeat(np.arange(len(parts)), [len(part) for part in parts])),
+                background=(0.0 - mean) / std,
+                channels=self.channels,
                 shift_pixels=self.shift_pixels if name == "train" else 0,
                 seed=seed,
+                captions_per_class=len(self.captions),
+                texts=texts,
             )
             for name, parts in splits.items()
         }
-        return DataBundle(
-            train=datasets["train"],
-            validation=datasets["validation"],
-            test=datasets["test"],
-            class_names=tuple(str(digit) for digit in classes),
-            input_spec=InputSpec(1, self.image_size, self.image_size, (_MEAN,), (_STD,)),
-            sizes={name: len(dataset) for name, dataset in datasets.items()},
+        fields = {"image", "label", "index"}
+        fields |= {"caption", "image_id"} if captions else set()
+        return bundle_of(
+            datasets,
+            class_names=[_WORDS[digit] if captions else str(digit) for digit in classes],
+            input_spec=InputSpec(
+                self.channels, self.image_size, self.image_size, (mean,) * self.channels, (std,) * self.channels
+            ),
+            fields=fields | ({"text"} if texts is not None else set()),
+            captions=captions,
         )
 
     def _split(self, indices: np.ndarray, *, digit: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,16 +121,32 @@ class DigitsConfig(StrictModel):
 class DigitsSplit(Dataset[Batch]):
     """Images and labels of one split, in memory; looked up by (index, epoch), one by one or many at once.
 
-    images: (N, H, W) float32 in [0, 1]; labels: (N,) int64. Samples: {"image": (1, H, W), "label": ()}.
+    images: (N, H, W) float32, normalised; labels: (N,) int64; background: the value outside of an image; texts:
+    (classes x captions_per_class, length) int64. Samples: see `DataBundle.fields`. Captions take turns, a class's
+    next one with every index and epoch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, shift_pixels: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        background: float,
+        channels: int,
+        shift_pixels: int,
+        seed: int,
+        captions_per_class: int = 0,
+        texts: Tensor | None = None,
+    ) -> None:
         self.labels = labels
         self._size = images.shape[-1]
+        self._channels = channels
         self._reach = shift_pixels
         self._seed = seed
+        self._captions_per_class = captions_per_class
+        self._texts = texts
         # What moves in from outside is background, as it is around every digit.
-        self._padded = pad((images - _MEAN) / _STD, [shift_pixels] * 4, value=(0.0 - _MEAN) / _STD)
+        self._padded = pad(images, [shift_pixels] * 4, value=background)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,16 +157,27 @@ class DigitsSplit(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
         """The samples stacked, not as a list: collating thousands of tiny images costs more than the images."""
         indices = torch.tensor([index for index, _ in keys])
-        label = self.labels[indices]
+        images = self._images(keys, indices).unsqueeze(1).expand(-1, self._channels, -1, -1)
+        return {"image": images, "label": self.labels[indices], "index": indices, **self._captions(keys, indices)}
+
+    def _images(self, keys: Sequence[SampleKey], indices: Tensor) -> Tensor:
         if self._reach == 0:
-            return {"image": self._padded[indices].unsqueeze(1), "label": label}
+            return self._padded[indices]
         corners = torch.tensor(
             [_corners(self._seed, epoch, len(self), self._reach)[index] for index, epoch in keys]
         )
         window = torch.arange(self._size)
         rows = (corners[:, :1] + window).unsqueeze(2)
         columns = (corners[:, 1:] + window).unsqueeze(1)
-        return {"image": self._padded[indices[:, None, None], rows, columns].unsqueeze(1), "label": label}
+        return self._padded[indices[:, None, None], rows, columns]
+
+    def _captions(self, keys: Sequence[SampleKey], indices: Tensor) -> Batch:
+        if not self._captions_per_class:
+            return {}
+        turns = torch.tensor([(index + epoch) % self._captions_per_class for index, epoch in keys])
+        caption = self.labels[indices] * self._captions_per_class + turns
+        told = {"caption": caption, "image_id": indices}
+        return told if self._texts is None else {**told, "text": self._texts[caption]}
 
 
 @lru_cache(maxsize=4)

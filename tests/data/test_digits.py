@@ -1,6 +1,7 @@
 """The embedded digits: disjoint stratified splits, labels, normalisation, reproducible shifts."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from snell_scale.data.batches import evaluation_batches, num_samples
 from snell_scale.data.embedded import DigitsConfig
-from snell_scale.interfaces import Batch, DataBundle, SampleKey
+from snell_scale.interfaces import Batch, DataBundle, Preprocessing, SampleKey
 
 
 def config(**changes: Any) -> DigitsConfig:
@@ -154,3 +155,49 @@ def test_configs_that_cannot_be_are_refused(changes: dict[str, Any], message: st
 def test_too_many_images_per_class_leave_no_test_split() -> None:
     with pytest.raises(ValueError, match="digit 5 has 182 images; 160 .* 30 for validation"):
         config(train_per_class=160).build(seed=0)
+
+
+def words(texts: Sequence[str]) -> Tensor:
+    """A tokenizer: the length of each text, and its last letter."""
+    return torch.tensor([[len(text), ord(text[-1])] for text in texts])
+
+
+def test_captions_take_turns_and_are_tokenized() -> None:
+    captions = ["a handwritten {}", "{} on paper"]
+    bundle = config(captions=captions).build(seed=0, preprocessing=Preprocessing(tokenize=words))
+    assert bundle.captions == (
+        "a handwritten five", "five on paper", "a handwritten six", "six on paper", "a handwritten nine",
+        "nine on paper",
+    )  # fmt: skip
+    assert bundle.class_names == ("five", "six", "nine")
+    assert bundle.fields == {"image", "label", "index", "caption", "image_id", "text"}
+    last = num_samples(bundle.train) - 1
+    sample, next_epoch = bundle.train[(last, 0)], bundle.train[(last, 1)]
+    assert sample["label"] == 2
+    told = [bundle.captions[int(one["caption"])] for one in (sample, next_epoch)]
+    assert sorted(told) == ["a handwritten nine", "nine on paper"]
+    assert torch.equal(sample["text"], words(told)[0])
+    assert (int(sample["index"]), int(sample["image_id"])) == (last, last)
+
+
+def test_without_a_tokenizer_there_is_no_text_and_without_captions_no_caption() -> None:
+    assert config(captions=["{}"]).build(seed=0).fields == {"image", "label", "index", "caption", "image_id"}
+    assert set(config().build(seed=0).train[(0, 0)]) == config().build(seed=0).fields
+
+
+@pytest.mark.parametrize("caption", ["a digit", "{} or {}", "{} of {digit}"])
+def test_a_caption_without_one_place_for_the_word_is_refused(caption: str) -> None:
+    with pytest.raises(ValidationError, match="expected one {} in it"):
+        config(captions=[caption])
+
+
+def test_symmetric_images_in_three_channels_lie_in_minus_one_to_one() -> None:
+    bundle = config(scaling="symmetric", channels=3, shift_pixels=1).build(seed=0)
+    images = whole(bundle.train)["image"]
+    assert images.shape[1] == 3
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    assert bundle.input_spec.mean == (0.5, 0.5, 0.5)
+    standardized = whole(config(shift_pixels=1).build(seed=0).train)["image"]
+    # The same images in another scale, background included; two roundings of numbers near 1.
+    assert torch.allclose((images[:, :1] + 1) / 2, standardized * 0.3760 + 0.3053, atol=1e-6)
