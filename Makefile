@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo studies test test-slow test-cluster check format clean
+.PHONY: help setup demo demo-segmentation demo-contrastive demo-generation studies test test-slow test-cluster check format clean
 
 help:
 	@echo "make demo       set up, then compare every method on the embedded digits and write runs/demo/report.html"
+	@echo "make demo-segmentation, demo-contrastive, demo-generation   the same for the other tasks: some minutes each"
 	@echo "make test       set up, then run the tests (make test-slow: the long ones)"
 	@echo "make test-cluster  the launchers on a SLURM cluster of two nodes, made on this machine (installs SLURM; root)"
 	@echo "make check      formatting, lint, types, layers, tests"
@@ -25,6 +26,9 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
+
+demo-segmentation demo-contrastive demo-generation: demo-%: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_$*.sh
 
 studies: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/studies.sh

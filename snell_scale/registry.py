@@ -7,13 +7,30 @@ from typing import Any
 # kind → name → "module:attribute" of the component's config class (a StrictModel with `build` or `apply`).
 COMPONENTS: dict[str, dict[str, str]] = {
     "model": {
-        "timm": "snell_scale.models.timm_models:TimmConfig",
+        "timm": "snell_scale.models.timm.config:TimmConfig",
+        "open_clip": "snell_scale.models.open_clip.config:OpenClipConfig",
+        "diffusers": "snell_scale.models.diffusers.config:DiffusersConfig",
+        "timm_segmentation": "snell_scale.models.segmentation.config:TimmSegmentationConfig",
     },
     "data": {
         "digits": "snell_scale.data.embedded:DigitsConfig",
+        "vtab": "snell_scale.data.labelled.vtab:VtabConfig",
+        "fgvc": "snell_scale.data.labelled.fgvc:FgvcConfig",
+        "image_folder": "snell_scale.data.labelled.image_folder:ImageFolderConfig",
+        "webdataset": "snell_scale.data.labelled.webdataset:WebdatasetConfig",
+        "hf_dataset": "snell_scale.data.labelled.hf:HfDatasetConfig",
+        "dreambooth": "snell_scale.data.dreambooth:DreamBoothConfig",
+        "shapes": "snell_scale.data.masked.made_scenes:ShapesConfig",
+        "digit_scenes": "snell_scale.data.masked.made_scenes:DigitScenesConfig",
+        "ade20k": "snell_scale.data.masked.layouts:Ade20kConfig",
+        "mask_pairs": "snell_scale.data.masked.layouts:MaskPairsConfig",
+        "image_text": "snell_scale.data.captioned.image_text:ImageTextConfig",
     },
     "task": {
         "classification": "snell_scale.tasks.classification:ClassificationConfig",
+        "segmentation": "snell_scale.tasks.segmentation:SegmentationConfig",
+        "contrastive": "snell_scale.tasks.contrastive:ContrastiveConfig",
+        "denoising": "snell_scale.tasks.denoising:DenoisingConfig",
     },
     "method": {
         "probe": "snell_scale.tuners.methods.plain:ProbeConfig",

@@ -1,6 +1,7 @@
 """A run small enough for a test: a tiny vision transformer on a few digits."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import yaml
 # are tested interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Started in the background of a script, this process ignores Ctrl-C, and what it starts would as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from snell_scale import registry
 from snell_scale.config import Config, load_config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snell_scale import registry
 from snell_scale.interfaces import Batch, Engine, InputSpec, ModelBundle, StepPlan, Tuner
 from snell_scale.models.activation_checkpointing import checkpoint_activations
-from snell_scale.models.timm_models import TimmConfig
+from snell_scale.models.timm.config import TimmConfig
 
 NUM_STEPS = 5
 STEPS = range(NUM_STEPS)
