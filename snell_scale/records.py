@@ -2,6 +2,9 @@
 
 A run folder holds config.yaml (resolved), environment.json, steps.jsonl (one line per logged step or
 evaluation) and result.json. result.json exists from the moment a run ends, however it ended.
+
+Where SNELLA shares out its budget, the step's line also has "sparsity" (over all matrices), "nonzeros", and at up
+to some 200 ticks "sparsity/<layer>/<index>" of every matrix stacked in every layer.
 """
 
 import json
@@ -10,15 +13,29 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-SCHEMA_VERSION = 1
+from snell_scale.record_types import record_type_error
+from snell_scale.record_versions import upgraded
+
+SCHEMA_VERSION = 2
 Status = Literal["ok", "oom", "diverged", "interrupted", "failed"]
 STATUSES: tuple[str, ...] = get_args(Status)
-MEMORY_CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
+MEMORY_CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "transients",
+    "communication",
+    "temporary",
+    "unexplained",
+)
+"""What memory is for; instrument.memory says what each means."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +45,18 @@ class Result:
     metrics: split → metric → value, e.g. metrics["test"]["top1"] in percent. `metric` chose the best step;
     `reported` are those of the test split that tables show, the most telling first (empty: `metric`).
     metric_sources: metric → what made its value, where its name does not say it (the feature backend of a FID).
-    memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"}}.
+    predicted: nothing ran; the numbers are `snell-scale estimate`'s. created_at: ISO 8601, UTC.
+    conditions: what a fair comparison holds constant beside the fields above: microbatch_size,
+    gradient_accumulation, activation_checkpointing, frozen_dtype, optimizer, allocator, compile, deterministic,
+    ema_decay, data_seed, image_size, data (a digest of the config's section without its paths), weights (the
+    file's name, null: random), hardware, num_threads; absent where it is not known.
+    num_trainable_params, num_total_params, file_size (of the adapter, bytes): as in PEFT's method_comparison.
+    memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"},
+    "rank", "ranks": [the same of every rank], "allocator", "host"}, of the rank with the largest peak; "peak" is
+    {} where a run ended before its measured step, and "ranks" holds one where they did not end together.
     throughput: {"images_per_s", "step_ms_median", …}, as instrument.throughput reports it.
+    flops: {"model_flops", "hardware_flops", "mfu", "hfu", …} of a step on one rank, as instrument.flops reports
+    it; None for compiled code.
     skipped: what data.skip_broken left out of the data, file by file.
     varied: the dotted keys in which this run differs from the others of its comparison.
     communication: what one step's collectives carried, as instrument.communication reports it; None on one rank.
@@ -57,12 +84,16 @@ class Result:
     best_step: int | None = None
     steps: int = 0
     total_steps: int | None = None
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    adapter_bytes: int | None = None
+    created_at: str | None = None
+    predicted: bool = False
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    num_trainable_params: int | None = None
+    num_total_params: int | None = None
+    file_size: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     throughput: Mapping[str, float | None] = field(default_factory=dict)
     memory: Mapping[str, Any] | None = None
+    flops: Mapping[str, Any] | None = None
     communication: Mapping[str, Any] | None = None
     divergence: Mapping[str, Any] | None = None
     resumed_from_steps: tuple[int, ...] = ()
@@ -123,6 +154,8 @@ def read_result(folder: Path) -> Result:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if isinstance(raw, dict):
+        raw = upgraded(raw, folder)
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         raise ValueError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}")
@@ -133,7 +166,15 @@ def read_result(folder: Path) -> Result:
         raise ValueError(
             f"{path}: unknown {sorted(unknown)}, missing {sorted(missing)}, status {raw.get('status')!r}"
         )
+    error = record_type_error(raw, _declared_types())
+    if error:
+        raise ValueError(f"{path} is damaged: {error}")
     return Result(**raw)
+
+
+@cache
+def _declared_types() -> dict[str, Any]:
+    return get_type_hints(Result)
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,38 @@ def test_damaged_results_are_named(tmp_path: Path, content: str, expected: str) 
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(ValueError, match=expected):
         read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": "zero"}, "seed is 'zero', expected int"),
+        ({"seed": None}, "seed is null, expected int"),
+        ({"world_size": True}, "world_size is True, expected int"),
+        ({"predicted": None}, "predicted is null, expected true or false"),
+        ({"method": ["lora"]}, "method is ['lora'], expected text"),
+        ({"reported": "top1"}, "reported is 'top1', expected a list"),
+        ({"reported": [1]}, "reported.0 is 1, expected text"),
+        ({"metrics": {"test": {"top1": "high"}}}, "metrics.test.top1 is 'high', expected a number"),
+        ({"metrics": {"test": 3}}, "metrics.test is 3, expected a mapping"),
+        ({"conditions": {"microbatch_size": "x"}}, "conditions.microbatch_size is 'x', expected a number"),
+        ({"memory": []}, "memory is [], expected a mapping"),
+        ({"memory": {"peak": {"total_bytes": "x"}}}, "memory.peak.total_bytes is 'x', expected a number"),
+        ({"memory": {"ranks": [{"peak": None}]}}, "memory.ranks.peak is null, expected a mapping"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    write_result(tmp_path, make_result())
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"is damaged: {re.escape(expected)}$"):
+        read_result(tmp_path)
+
+
+def test_a_number_that_was_not_finite_is_no_damage(tmp_path: Path) -> None:
+    write_result(tmp_path, make_result(metrics={"test": {"loss": math.inf}}, throughput={"images_per_s": 3}))
+    result = read_result(tmp_path)
+    assert (result.metrics["test"]["loss"], result.throughput["images_per_s"]) == (None, 3)
 
 
 def test_missing_result_says_so(tmp_path: Path) -> None:
