@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from snell_scale.config import Config
 from snell_scale.data.batches import samples_per_forward, steps_per_epoch
 from snell_scale.interfaces import DataBundle, ModelBundle, Task, Tuner
+from snell_scale.trackers.following import check_trackers
 from snell_scale.training import total_steps
 
 
@@ -17,8 +18,8 @@ class Assembly:
     bundle: ModelBundle
     task: Task
     tuner: Tuner
-    total_parameters: int
-    trainable_parameters: int
+    num_total_params: int
+    num_trainable_params: int
 
 
 def assemble(config: Config, *, world_size: int = 1) -> Assembly:
@@ -29,6 +30,7 @@ def assemble(config: Config, *, world_size: int = 1) -> Assembly:
     config.engine.check()
     config.engine.check_run(config)
     config.data.check_run(config)
+    check_trackers(config.logging.trackers)
     samples_per_forward(config.training.batch_size, config.training.gradient_accumulation, world_size)
     data, bundle = build_data_and_model(config)
     if config.training.batch_size > data.sizes["train"]:

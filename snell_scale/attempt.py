@@ -4,11 +4,13 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from snell_scale.conditions import conditions_of
 from snell_scale.config import Config
 from snell_scale.exit_codes import EXIT_CODES, REFUSED, OtherRankFailed
 from snell_scale.interfaces import Failure, Ranks
@@ -38,8 +40,9 @@ class Attempt:
             resumed_from_steps=history.resumed_from,
             seconds={"train": history.seconds, "total": total},
             throughput=history.throughput,
-            memory=history.memory,
+            memory=memory_of_ranks({training.engine.ranks.rank: history.memory}),
             communication=history.communication,
+            flops=history.flops,
         )
 
     def failed(self, error: BaseException, ranks: Ranks) -> Result:
@@ -77,8 +80,18 @@ def blank_result(
         batch_size=config.training.batch_size,
         protocol=config.evaluation.protocol,
         message=message,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        conditions=conditions_of(config, world_size=world_size),
         varied=dict(varied),
     )
+
+
+def memory_of_ranks(reports: Mapping[int, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """`Result.memory` from the reports of the ranks that are known: the one with the largest peak, and all."""
+    ranks = [{"rank": rank, **report} for rank, report in reports.items() if report is not None]
+    if not ranks:
+        return None
+    return {**max(ranks, key=lambda report: report["peak"].get("total_bytes", 0)), "ranks": ranks}
 
 
 def tell_failure(error: BaseException, ranks: Ranks) -> None:

@@ -121,6 +121,14 @@ class LoggingConfig(StrictModel):
         description="The one optimizer step whose memory is measured, tensor by tensor (slow); null: none.",
     )
     warmup_steps: int = Field(default=5, ge=0, description="First steps left out of the throughput.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(), description="Where the logged figures go too; tensorboard needs no package."
+    )
+    memory_snapshot: bool = Field(
+        default=False,
+        description="On CUDA write torch's memory snapshot after the measured step, and where memory runs out; "
+        "slows the steps up to the measured one.",
+    )
 
 
 class Config(StrictModel):

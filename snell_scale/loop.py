@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 from snell_scale.data.batches import StepBatches, evaluation_share, training_batches
 from snell_scale.instrument.communication import CommunicationCounter
 from snell_scale.instrument.divergence import Divergence
+from snell_scale.instrument.flops import FlopCounter
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.interfaces import Batch
 from snell_scale.metrics import is_better
 from snell_scale.optimization import learning_rate
+from snell_scale.optimizer_step import Phase, optimizer_step, unobserved
 from snell_scale.pictures import write_pictures
 from snell_scale.training import Training, averaged, evaluation_interval, kept_names, save, total_steps
 
@@ -42,15 +44,21 @@ def train(run: Training) -> Outcome:
         if run.stop_requested():
             save(run)
             return Outcome(interrupted=True)
-        step, epoch, is_epoch_start, microbatches = next(batches)
+        with run.timer.waiting_for_data():
+            step, epoch, is_epoch_start, microbatches = next(batches)
         started = time.perf_counter()
         figures = run.tuner.begin_step(step, epoch, is_epoch_start)
         lr = _set_learning_rate(run, step, total)
 
         measured = step + 1 == measured_step
         run.timer.start()
-        loss, norms = _optimizer_step(run, microbatches, measured=measured)
+        with _instruments(run, measured=measured) as phase:
+            own_loss, norms = optimizer_step(run, microbatches, phase=phase)
+        loss = run.engine.mean(own_loss)
         run.timer.stop(training.batch_size, timed=not measured)
+        run.probe.allocator.observe()
+        if measured and run.snapshot is not None:
+            run.snapshot.take()
         run.step = step + 1
         run.watch.observe(run.step, loss, norms, norms_matter=not run.engine.skips_steps)
 
@@ -115,43 +123,34 @@ def _share(run: Training, split: Dataset[Batch]) -> Iterator[tuple[Batch, bool]]
     return evaluation_share(split, size, rank=ranks.rank, world_size=ranks.world_size, num_workers=num_workers)
 
 
-def _optimizer_step(run: Training, microbatches: list[Batch], *, measured: bool) -> tuple[Tensor, Tensor]:
-    """Forward and backward over the microbatches, then one update. Returns (mean loss, gradient norms)."""
-    probe = run.probe if measured else None
-    losses = []
-    with probe or contextlib.nullcontext(), _counting(run, measured=measured):
-        for number, batch in enumerate(microbatches, start=1):
-            run.engine.ranks.beat()
-            with run.engine.microbatch(is_last=number == len(microbatches)):
-                with _phase(probe, "forward"):
-                    on_device = run.engine.move(batch)
-                    with run.engine.autocast():
-                        loss = run.task(run.forward, on_device)["loss"] / len(microbatches)
-                with _phase(probe, "backward"):
-                    run.engine.backward(loss)
-            losses.append(loss.detach())
-        with _phase(probe, "step"):
-            norms = run.engine.step()
-            run.tuner.end_step()
-            run.engine.zero_grad()
-            if run.averages is not None:
-                run.averages.update()
-    return run.engine.mean(torch.stack(losses).sum()), norms
+@contextlib.contextmanager
+def _instruments(run: Training, *, measured: bool) -> Iterator[Phase]:
+    """Around the measured step its memory, what its collectives carry and its FLOPs; around others nothing."""
+    if not measured:
+        yield unobserved
+        return
+    with run.probe, _counting_communication(run), FlopCounter() as flops:
+        yield partial(_phase, run.probe, flops)
+    run.peak_bytes = run.probe.report()["peak"]["total_bytes"]
+    if not run.config.training.compile:  # what compiled code computes is not seen
+        run.flops = flops.report()
 
 
 @contextlib.contextmanager
-def _counting(run: Training, *, measured: bool) -> Iterator[None]:
-    """Count what the measured step's collectives carry, where there is more than one rank."""
-    if not measured or run.engine.ranks.world_size == 1:
+def _phase(probe: MemoryProbe, flops: FlopCounter, name: str) -> Iterator[None]:
+    with probe.phase(name), flops.backward() if name == "backward" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _counting_communication(run: Training) -> Iterator[None]:
+    """Where there is more than one rank."""
+    if run.engine.ranks.world_size == 1:
         yield
         return
     with CommunicationCounter() as counter:
         yield
     run.communication = counter.report()
-
-
-def _phase(probe: MemoryProbe | None, name: str) -> contextlib.AbstractContextManager[Any]:
-    return probe.phase(name) if probe is not None else contextlib.nullcontext()
 
 
 def _set_learning_rate(run: Training, step: int, total: int) -> float:
@@ -192,6 +191,9 @@ def _log(
 ) -> None:
     line = {"step": run.step, "epoch": epoch, "loss": loss.item(), "lr": lr}
     line |= {"grad_norm": torch.linalg.vector_norm(norms).item(), "seconds": seconds, **figures}
+    line |= {"time": time.time(), "total_steps": total_steps(run.config, run.data)}
+    if run.peak_bytes is not None:
+        line["peak_memory_bytes"] = run.peak_bytes
     run.writer.write(line)
     run.progress.logged(line)
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,15 @@ from snell_scale.attempt import (
     Attempt,
     blank_result,
     echo_of_failure,
+    memory_of_ranks,
     tell_failure,
     write_despite_trouble,
 )
+from snell_scale.conditions import conditions_of
 from snell_scale.config import Config, to_dict
 from snell_scale.data.batches import evaluation_batches
 from snell_scale.instrument.environment import collect_environment
+from snell_scale.instrument.snapshot import MemorySnapshot
 from snell_scale.interfaces import Engine, Ranks, Tuner
 from snell_scale.loop import evaluate, show, train
 from snell_scale.preparation import find_checkpoint, set_up
@@ -30,6 +33,7 @@ from snell_scale.progress import make_progress
 from snell_scale.records import Result, write_json, write_result, write_yaml
 from snell_scale.run_folder import check_same_everywhere, clear, find_finished, locked
 from snell_scale.signals import StopFlag, StopVote, stop_on_signal
+from snell_scale.trackers.following import Following
 from snell_scale.training import Training, rank_seed, total_steps
 
 Resume = Literal["never", "auto"]
@@ -42,20 +46,21 @@ def run(
     overwrite: bool = False,
     varied: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    may_differ: Collection[str] = (),
 ) -> Result:
     """Run `config` in its folder and return the result that was also written there, on every rank.
 
     Out of memory, divergence and interruption are results. Any other exception is recorded as "failed" and
     raised again. resume="auto": continue from the newest complete checkpoint, or return the result that stands.
+    may_differ: dotted keys in which what is continued may differ from `config`.
     """
     if overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume, overwrite = "auto", False  # torchrun starts the same command again: what it replaced is gone
     with config.engine.join() as ranks, stop_on_signal() as stop_flag, _determinism(config):
         check_same_everywhere(config, ranks)
         folder = Path(config.output_dir) / config.name
-        standing = ranks.first(
-            lambda: find_finished(folder, config, resume=resume, overwrite=overwrite, world_size=ranks.world_size)
-        )
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "may_differ": may_differ}
+        standing = ranks.first(lambda: find_finished(folder, config, world_size=ranks.world_size, **how))
         if standing is not None:
             return standing
         attempt = Attempt(blank_result(config, varied or {}, world_size=ranks.world_size))
@@ -114,22 +119,42 @@ def _run(
         metric_sources=parts.task.describe_metrics(),
         skipped=parts.data.skipped,
         total_steps=total_steps(config, parts.data),
-        trainable_parameters=parts.trainable_parameters,
-        total_parameters=parts.total_parameters,
+        num_trainable_params=parts.num_trainable_params,
+        num_total_params=parts.num_total_params,
+        conditions=_conditions(parts, engine),
     )
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(
-            contextlib.closing(make_progress(config.name, quiet=quiet or not ranks.is_first))
-        )
+        display = make_progress(config.name, quiet=quiet or not ranks.is_first)
+        followers = Following(display, config, folder, is_first=ranks.is_first)
+        progress = stack.enter_context(contextlib.closing(followers))
+        snapshot = stack.enter_context(_snapshot(config, engine, folder))
         vote = StopVote(stop_flag, ranks)
         training = set_up(parts, engine, folder, progress, vote, checkpoints=checkpoints, checkpoint=checkpoint)
-        attempt.training = training
+        attempt.training, training.snapshot = training, snapshot
         stack.enter_context(contextlib.closing(training.writer))
         result = _train_and_report(training, attempt)
+        progress.ended(result)
         # Only now: after a failure the other ranks do not vote any more.
         vote.close()
         training.checkpoints.close()
         return result
+
+
+def _conditions(parts: Assembly, engine: Engine) -> dict[str, Any]:
+    spec, ranks = parts.data.input_spec, engine.ranks
+    image_size = (spec.height, spec.width)
+    return conditions_of(parts.config, world_size=ranks.world_size, device=engine.device, image_size=image_size)
+
+
+@contextlib.contextmanager
+def _snapshot(config: Config, engine: Engine, folder: Path) -> Iterator[MemorySnapshot | None]:
+    if not config.logging.memory_snapshot:
+        yield None
+        return
+    ranks = engine.ranks
+    snapshot = MemorySnapshot(engine.device, folder, rank=ranks.rank, world_size=ranks.world_size)
+    with snapshot.recording():
+        yield snapshot
 
 
 def _write_circumstances(folder: Path, config: Config, engine: Engine) -> None:
@@ -152,19 +177,15 @@ def _train_and_report(training: Training, attempt: Attempt) -> Result:
     clock = time.perf_counter()
     metrics = _final_metrics(training)
     show(training, training.data.test)
-    adapter_bytes = save_adapter(training.engine, training.tuner, training.folder / "adapter")
+    file_size = save_adapter(training.engine, training.tuner, training.folder / "adapter")
     evaluation = time.perf_counter() - clock
     seconds = {**result.seconds, "evaluate": evaluation, "total": result.seconds["total"] + evaluation}
-    return replace(result, status="ok", metrics=metrics, adapter_bytes=adapter_bytes, seconds=seconds)
+    return replace(result, status="ok", metrics=metrics, file_size=file_size, seconds=seconds)
 
 
 def _memory_of_ranks(training: Training) -> dict[str, Any] | None:
-    """The memory of the rank with the largest peak, and the peaks of all."""
-    reports = training.engine.ranks.gather(training.measured().memory)
-    if len(reports) == 1 or None in reports:
-        return reports[0]
-    peaks = [report["peak"]["total_bytes"] for report in reports]
-    return {**reports[peaks.index(max(peaks))], "peak_bytes_of_ranks": peaks}
+    """The memory of the rank with the largest peak, and that of all."""
+    return memory_of_ranks(dict(enumerate(training.engine.ranks.gather(training.measured().memory))))
 
 
 def _final_metrics(training: Training) -> dict[str, dict[str, float]]:

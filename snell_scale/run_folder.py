@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ from snell_scale.interfaces import Ranks
 from snell_scale.records import Result, read_result
 
 _OURS = ("config.yaml", "environment.json", "steps.jsonl", "result.json", "adapter", "checkpoints")
+_OF_TRACKERS = ("tensorboard", "wandb")
 # Results that stand: doing the same again ends the same way. What was interrupted or failed continues.
 _FINAL = ("ok", "diverged", "oom")
 # What may differ between a run and its continuation: what is written, or where it is computed.
 _FREE_KEYS = ("checkpoint", "logging", "notes", "output_dir", "name", "engine")
 _BOUND_KEYS = ("engine.precision", "engine.frozen_dtype")
+_FITTED_KEY = "training.gradient_accumulation"
 
 
 def check_same_everywhere(config: Config, ranks: Ranks) -> None:
@@ -36,11 +38,18 @@ def check_same_everywhere(config: Config, ranks: Ranks) -> None:
 
 
 def find_finished(
-    folder: Path, config: Config, *, resume: Literal["never", "auto"], overwrite: bool, world_size: int = 1
+    folder: Path,
+    config: Config,
+    *,
+    resume: Literal["never", "auto"],
+    overwrite: bool,
+    world_size: int = 1,
+    may_differ: Collection[str] = (),
 ) -> Result | None:
     """The result in `folder` if the run is finished and resume is "auto"; None if there is something to run.
 
-    Out of memory is the end of a run on one engine and number of ranks; on another one it continues.
+    Out of memory is the end of a run on one engine, number of ranks and microbatch; on others it continues.
+    may_differ: dotted keys in which a continuation may differ from what was begun, beside those it always may.
     ValueError if the folder holds another run, or any run while neither resume nor overwrite was asked for.
     """
     if folder.exists() and not folder.is_dir():
@@ -53,20 +62,21 @@ def find_finished(
             f"{folder} already holds a run ({', '.join(existing)}); continue it with --resume auto, replace it "
             "with --overwrite, or set another name"
         )
+    result = _standing(folder)
+    if result is not None and result.predicted:
+        raise ValueError(f"{folder} holds an estimate, and no run; delete it, or set another name")
     differing = _differences(folder, to_dict(config))
+    fitted = any(key in may_differ for key in differing)
+    differing = [key for key in differing if key not in may_differ]
     if differing:
         raise ValueError(
             f"{folder} holds a run with another config; it differs in {', '.join(differing)}. Undo that, "
-            "delete the folder, or set another name"
+            f"delete the folder, or set another name{_hint(differing)}"
         )
-    if not (folder / "result.json").is_file():
+    if result is None:
         return None
-    try:
-        result = read_result(folder)
-    except ValueError as error:
-        print(f"the run is done again from its last checkpoint: {error}", file=sys.stderr)
-        return None
-    if result.status == "oom" and (result.world_size != world_size or _engine_differs(folder, config)):
+    elsewhere = fitted or result.world_size != world_size or _engine_differs(folder, config)
+    if result.status == "oom" and elsewhere:
         return None
     return result if result.status in _FINAL else None
 
@@ -87,7 +97,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Drop what an earlier run left in the folder."""
-    for name in _OURS:
+    snapshots = [path.name for path in folder.glob("memory_snapshot*.pickle")]
+    for name in (*_OURS, *_OF_TRACKERS, *snapshots):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -99,6 +110,21 @@ def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose recorded value is not the wanted one, and must be."""
     differing = _compare(_recorded(folder) or wanted, wanted, "")
     return [key for key in differing if key in _BOUND_KEYS or key.split(".")[0] not in _FREE_KEYS]
+
+
+def _standing(folder: Path) -> Result | None:
+    """The result in the folder; None without one, or where it is damaged."""
+    if not (folder / "result.json").is_file():
+        return None
+    try:
+        return read_result(folder)
+    except ValueError as error:
+        print(f"the run is done again from its last checkpoint: {error}", file=sys.stderr)
+        return None
+
+
+def _hint(differing: Collection[str]) -> str:
+    return "; a run that was begun with --fit goes on with --fit" if differing == [_FITTED_KEY] else ""
 
 
 def _engine_differs(folder: Path, config: Config) -> bool:

@@ -15,7 +15,9 @@ from snell_scale.config import Config
 from snell_scale.data.batches import steps_per_epoch
 from snell_scale.engines.checkpoint import Checkpoint, Checkpoints
 from snell_scale.instrument.divergence import DivergenceWatch
+from snell_scale.instrument.flops import product_dtype, utilisation
 from snell_scale.instrument.memory import MemoryProbe
+from snell_scale.instrument.snapshot import MemorySnapshot
 from snell_scale.instrument.throughput import StepTimer
 from snell_scale.interfaces import DataBundle, Engine, Ranks, Task, Tuner
 from snell_scale.optimization import AveragedWeights, trainable_parameters
@@ -29,6 +31,7 @@ class Training:
     """Everything that one training run consists of while it runs, on this rank.
 
     best_weights: whole, on the host of rank 0; empty on the others.
+    peak_bytes: of the measured step's memory, None before it: what a logged line tells who watches the run.
     forward is what a training step calls: `model` itself or its compiled form, sharing its parameters.
     """
 
@@ -54,18 +57,40 @@ class Training:
     best_step: int | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     communication: dict[str, Any] | None = None
+    flops: dict[str, int] | None = None
+    peak_bytes: int | None = None
+    snapshot: MemorySnapshot | None = None
     _started: float = field(default_factory=time.perf_counter)
 
     def measured(self) -> "History":
         """The history with this attempt's measurements; what this attempt has not measured stays."""
-        report, throughput = self.probe.report(), self.timer.report()
+        throughput: dict[str, Any] = self.timer.report()
+        if not throughput["num_timed_steps"]:
+            throughput = self.history.throughput or throughput
         return History(
             seconds=self.history.seconds + time.perf_counter() - self._started,
             resumed_from=self.history.resumed_from,
-            memory=report if "step" in report["phases"] else self.history.memory,
-            throughput=throughput if throughput["num_timed_steps"] else self.history.throughput,
+            memory=self._memory(),
+            throughput=throughput,
             communication=self.communication or self.history.communication,
+            flops=self._flops(throughput.get("step_ms_median")),
         )
+
+    def _memory(self) -> dict[str, Any]:
+        """Of the attempt that measured a step; without one what is known, and no peak where nothing ran."""
+        report, before = self.probe.report(), self.history.memory
+        if "step" in report["phases"]:
+            return report
+        if before is not None and before["peak"]:
+            return before
+        return report if report["peak"]["phase"] != "load" else {**report, "peak": {}}
+
+    def _flops(self, step_ms: float | None) -> dict[str, Any] | None:
+        counted, engine = self.flops or self.history.flops, self.config.engine
+        if counted is None:
+            return None
+        dtype = product_dtype(engine.precision, engine.frozen_dtype)
+        return utilisation(counted, step_ms=step_ms, device=self.engine.device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,7 @@ class History:
     memory: dict[str, Any] | None = None
     throughput: dict[str, Any] = field(default_factory=dict)
     communication: dict[str, Any] | None = None
+    flops: dict[str, Any] | None = None
 
 
 def total_steps(config: Config, data: DataBundle) -> int:

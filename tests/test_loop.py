@@ -31,7 +31,7 @@ class _Reads(TorchDispatchMode):
 def test_a_step_reads_nothing_back(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, engine: str, method: str
 ) -> None:
-    step, reads, num_steps = loop._optimizer_step, _Reads(), 0
+    step, reads, num_steps = loop.optimizer_step, _Reads(), 0
 
     def watched(*args: Any, **settings: Any) -> Any:
         nonlocal num_steps
@@ -39,7 +39,7 @@ def test_a_step_reads_nothing_back(
         with reads:
             return step(*args, **settings)
 
-    monkeypatch.setattr(loop, "_optimizer_step", watched)
+    monkeypatch.setattr(loop, "optimizer_step", watched)
     settings = ["training.clip_grad_norm=1.0", "training.gradient_accumulation=2", "training.ema_decay=0.9"]
     config = tiny(f"method.name={method}", f"engine.name={engine}", "logging.memory_at_step=null", *settings)
     assert run(config, quiet=True).status == "ok"

@@ -56,11 +56,11 @@ def test_every_method_runs_and_leaves_a_complete_record(tiny: MakeConfig, method
     assert read_result(folder).metrics["test"].keys() >= {"top1", "loss"}
     assert result.steps == result.total_steps == 8
     assert [step for step, _ in losses(config)] == list(range(1, 9))
-    assert result.trainable_parameters is not None
-    assert result.total_parameters is not None
-    assert 0 < result.trainable_parameters <= result.total_parameters * 1.5
+    assert result.num_trainable_params is not None
+    assert result.num_total_params is not None
+    assert 0 < result.num_trainable_params <= result.num_total_params * 1.5
     files = [path for path in (folder / "adapter").rglob("*") if path.is_file()]
-    assert result.adapter_bytes == sum(path.stat().st_size for path in files) > 0
+    assert result.file_size == sum(path.stat().st_size for path in files) > 0
     assert result.memory is not None
     assert result.memory["phases"].keys() == {"load", "forward", "backward", "step", "evaluate"}
     for phase in result.memory["phases"].values():

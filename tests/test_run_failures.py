@@ -53,7 +53,7 @@ def test_out_of_memory_is_a_result(tiny: MakeConfig, monkeypatch: pytest.MonkeyP
     result = read_result(folder_of(config))
     assert result.status == "oom"
     assert (result.total_steps, result.steps) == (8, 0)
-    assert result.trainable_parameters
+    assert result.num_trainable_params
     assert run(config, resume="auto", quiet=True).status == "oom"  # a result that stands is not tried again
     monkeypatch.undo()
     assert run(config, resume="auto", quiet=True).status == "oom"

@@ -1,1 +1,1 @@
-"""What a run measures about itself: memory by phase and category, throughput, and the environment."""
+"""What a run measures about itself: memory by phase and category, throughput, FLOPs, and the environment."""

@@ -98,19 +98,27 @@ def _run_git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def cpu_model() -> str | None:
+    """What the maker calls the processor."""
+    model = re.search(r"^model name\s*:\s*(.+)$", _cpu_information(), re.MULTILINE)
+    return model.group(1) if model else platform.processor() or None
+
+
+def _cpu_information() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def _cpu() -> dict[str, Any]:
     """num_cores are physical, num_logical_cores with hyper-threads, num_usable_cores this process's."""
-    try:
-        information = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        information = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", information, re.MULTILINE)
     cores = re.findall(
-        r"^physical id\s*:\s*(\d+)$.*?^core id\s*:\s*(\d+)$", information, re.MULTILINE | re.DOTALL
+        r"^physical id\s*:\s*(\d+)$.*?^core id\s*:\s*(\d+)$", _cpu_information(), re.MULTILINE | re.DOTALL
     )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
-        "model": model.group(1) if model else platform.processor() or None,
+        "model": cpu_model(),
         "num_cores": len(set(cores)) or None,
         "num_logical_cores": os.cpu_count(),
         "num_usable_cores": usable,

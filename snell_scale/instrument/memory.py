@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from snell_scale.instrument import nvml
+from snell_scale.instrument.allocator import AllocatorMeter
+from snell_scale.instrument.fake_bodies import BodyBytes
+from snell_scale.instrument.host import host_memory
 from snell_scale.instrument.storages import StorageLedger, storages_of, watched_storages
 from snell_scale.records import MEMORY_CATEGORIES
 
-OptimizerState = Optimizer | Callable[[], Iterable[Tensor]]
-
+OptimizerState: TypeAlias = Optimizer | Callable[[], Iterable[Tensor]]
+_ByCategory: TypeAlias = Mapping[str, Iterable[Tensor]]
+Extra: TypeAlias = _ByCategory | Callable[[], _ByCategory]
 
 _TRAINING_PHASES = ("forward", "backward", "step")
 
@@ -36,9 +40,14 @@ class MemoryProbe:
     - optimizer: the optimizer's state, and parameters that only the optimizer has (master weights)
     - gradients: .grad of those parameters
     - activations: saved for backward outside of the phase "backward"; of the batch, what backward needs
+    - communication: what collectives read and write: the buffers that weights are gathered into and gradients
+      are summed in. Where these are the gradients themselves (DDP) they are gradients
     - temporary: everything else, such as the batch, gradients of activations, buffers of the step, what
       activation checkpointing recomputes during backward, and tensors that an autograd.Function keeps as
       attributes instead of through save_for_backward
+    - transients: what the merge op holds while it runs: the merged weight, G, tiles of K. Its results are what
+      any layer's are
+    - unexplained: what the allocator counts beyond the storages seen; 0 where no allocator is asked
     A storage counts as what it turns out to be by the end of the phase. So a gradient made AND freed inside
     one phase (an optimizer that steps inside backward) is temporary.
 
@@ -46,9 +55,9 @@ class MemoryProbe:
     write ("live tensor storages"). Not seen: work space inside an operator, and what compiled code
     (torch.compile) allocates and frees within itself; its inputs, outputs and saved tensors are seen.
     On CUDA ("cuda allocator"): the allocator's peak of allocated bytes, which has all of that; what exceeds
-    the storages seen (also rounding to blocks) counts as temporary. Storages on other devices than the
+    the storages seen (also rounding to blocks) is unexplained. Storages on other devices than the
     module's do not count. Tensors not touched by any operator inside the with-block do not count either,
-    unless they belong to the module, the optimizer or `extra`.
+    unless they belong to the module, the optimizer or `extra`: DDP's buckets, before gradients are written there.
     """
 
     def __init__(
@@ -56,19 +65,27 @@ class MemoryProbe:
         module: nn.Module,
         optimizer: OptimizerState | None = None,
         *,
-        extra: Mapping[str, Iterable[Tensor]] | None = None,
+        extra: Extra | None = None,
+        place: Callable[[], str | None] = lambda: None,
+        body_bytes: BodyBytes | None = None,
     ) -> None:
         """Takes the phase "load": what of the model (and the optimizer) stands at this moment.
 
         module: already on its device. optimizer: a torch Optimizer, or a function that lists the tensors of
-        its state. extra: category → further tensors that belong to it (the weights of an EMA → "optimizer").
+        its state. extra: category → further tensors that belong to it (the weights of an EMA → "optimizer"), or a
+        function that gives them whenever it is asked.
+        place: says which module runs; asked at every new peak, for `place_of_peak`. body_bytes: of fake tensors,
+        what the merge op holds while it runs; None: what its CPU body would.
         Raises ValueError for an unknown category or an optimizer of another kind.
         """
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._module = weakref.ref(module)
         self._optimizer_tensors = _optimizer_tensors(optimizer)
         self._extra = _extra_storages(extra or {}, self.device)
-        self._ledger = StorageLedger(self.device)
+        self._ledger = StorageLedger(self.device, place)
+        self._body_bytes = body_bytes
+        self._places: dict[str, str | None] = {}
+        self.allocator = AllocatorMeter(self.device)
         self._watch: AbstractContextManager[None] | None = None
         self._open_phase: str | None = None
         self._see_standing()
@@ -79,7 +96,7 @@ class MemoryProbe:
         if self._watch is not None:
             raise ValueError("this MemoryProbe is already active: leave its with-block before entering it again")
         self._see_standing()
-        self._watch = watched_storages(self._ledger)
+        self._watch = watched_storages(self._ledger, self._body_bytes)
         self._watch.__enter__()
         return self
 
@@ -101,8 +118,7 @@ class MemoryProbe:
         self._open_phase = name
         self._see_standing()
         self._ledger.start_peak()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.allocator.reset_peaks()
         try:
             with ExitStack() as stack:
                 if name != "backward":
@@ -115,7 +131,8 @@ class MemoryProbe:
             self._keep_larger(name, self._entry(self._ledger.peak, peak=True))
 
     def report(self) -> dict[str, Any]:
-        """{"device", "source", "phases": {name: entry}, "peak": the training step's largest, its "phase"}.
+        """{"device", "source", "phases": {name: entry}, "peak": the training step's largest, its "phase",
+        "allocator": as AllocatorMeter reports it, "host": as host_memory does}.
 
         Evaluation is no part of the peak while a training phase was measured: its batch has a size of its own.
 
@@ -130,7 +147,13 @@ class MemoryProbe:
             "source": "cuda allocator" if self.device.type == "cuda" else "live tensor storages",
             "phases": {name: dict(entry) for name, entry in self._phases.items()},
             "peak": {"phase": name, **self._phases[name]},
+            "allocator": self.allocator.report(),
+            "host": host_memory(),
         }
+
+    def place_of_peak(self) -> str | None:
+        """What `place` said when the reported peak was reached."""
+        return self._places.get(self.report()["peak"]["phase"])
 
     def _check_phase(self, name: str) -> None:
         if self._watch is None:
@@ -153,10 +176,8 @@ class MemoryProbe:
             # Other tensors have no .grad of their own, and asking one that is no leaf for it warns.
             if tensor.is_leaf and tensor.grad is not None:
                 self._ledger.see(tensor.grad, "gradients")
-        for category, reference in self._extra:
-            storage = reference()
-            if storage is not None:
-                self._ledger.see_storage(storage, category)
+        for category, storage in self._extra():
+            self._ledger.see_storage(storage, category)
 
     def _entry(self, split: Mapping[str, int], *, peak: bool) -> dict[str, Any]:
         if self.device.type != "cuda":
@@ -166,7 +187,7 @@ class MemoryProbe:
         reserved = cuda.max_memory_reserved(self.device) if peak else cuda.memory_reserved(self.device)
         unseen = max(0, allocated - sum(split.values()))
         return {
-            **_entry_of({**split, "temporary": split["temporary"] + unseen}),
+            **_entry_of({**split, "unexplained": unseen}),
             "allocated_bytes": allocated,
             "reserved_bytes": reserved,
             "nvml_used_bytes": nvml.used_bytes(self.device),
@@ -175,7 +196,7 @@ class MemoryProbe:
     def _keep_larger(self, name: str, entry: dict[str, Any]) -> None:
         kept = self._phases.get(name)
         if kept is None or entry["total_bytes"] > kept["total_bytes"]:
-            self._phases[name] = entry
+            self._phases[name], self._places[name] = entry, self._ledger.peak_place
 
 
 def _entry_of(split: Mapping[str, int]) -> dict[str, Any]:
@@ -216,13 +237,22 @@ def _state_of(reference: "weakref.ref[Optimizer]") -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _extra_storages(
-    extra: Mapping[str, Iterable[Tensor]], device: torch.device
-) -> list[tuple[str, "weakref.ref[torch.UntypedStorage]"]]:
+def _extra_storages(extra: Extra, device: torch.device) -> Callable[[], list[tuple[str, torch.UntypedStorage]]]:
+    """A function that gives (category, storage) of what is alive of them; it keeps none of them alive."""
+    if callable(extra):
+        return lambda: _by_category(extra(), device)
     unknown = sorted(extra.keys() - set(MEMORY_CATEGORIES))
     if unknown:
         raise ValueError(f"extra: unknown categories {unknown}, expected some of {list(MEMORY_CATEGORIES)}")
+    kept = [(category, weakref.ref(storage)) for category, storage in _by_category(extra, device)]
+
+    def alive() -> list[tuple[str, torch.UntypedStorage]]:
+        found = ((category, reference()) for category, reference in kept)
+        return [(category, storage) for category, storage in found if storage is not None]
+
+    return alive
+
+
+def _by_category(extra: _ByCategory, device: torch.device) -> list[tuple[str, torch.UntypedStorage]]:
     pairs = ((category, tensor) for category, tensors in extra.items() for tensor in tensors)
-    return [
-        (category, weakref.ref(storage)) for category, tensor in pairs for storage in storages_of(tensor, device)
-    ]
+    return [(category, storage) for category, tensor in pairs for storage in storages_of(tensor, device)]

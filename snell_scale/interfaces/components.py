@@ -1,7 +1,7 @@
 """Models, tasks and tuners: what a config chooses by name."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
@@ -57,12 +57,14 @@ class Diffusion:
     scheduler: diffusers' config of the noise schedule. latent_shape: (C, h, w) of what the model denoises.
     denoise: (model, noisy latents (B, C, h, w), timesteps (B,), condition) → (B, C, h, w); the condition is what
     `encoders.encode_prompts` gave for the B samples. Architectures differ in what they call these arguments.
+    condition_shapes: what `encode_prompts` gives, without the B; known without the encoders.
     """
 
     scheduler: Mapping[str, Any]
     encoders: Encoders
     latent_shape: tuple[int, int, int]
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    condition_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ class Tuner(Protocol):
 
     def num_trainable(self) -> int:
         """Numbers that training can change (for a masked method: the unmasked ones)."""
+        ...
+
+    def select_by_shape(self) -> None:
+        """In place of `select` where tensors have no values: as many entries as it would choose, any of them."""
         ...
 
     def select(self, losses: Iterator[Tensor], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:

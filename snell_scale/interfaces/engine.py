@@ -118,6 +118,13 @@ class Engine(Protocol):
         """
         ...
 
+    def held(self) -> Mapping[str, Sequence[Tensor]]:
+        """What this rank keeps between steps beside parameters, their .grad and the optimizer's state.
+
+        By memory category ("parameters", "gradients", "optimizer"), for who measures.
+        """
+        ...
+
     def mean(self, loss: Tensor) -> Tensor:
         """The mean of a 0-d tensor over the ranks, without a host sync."""
         ...

@@ -255,5 +255,5 @@ def _nest(engine: str) -> dict[str, Any]:
         else:
             with probe, counter:
                 training(probe.phase)
-        found[order] = {"communication": counter.report(), "memory": probe.report()}
+        found[order] = {"communication": counter.report(), "memory": probe.report()["phases"]}
     return found

@@ -89,7 +89,9 @@ def no_phase(_: str) -> AbstractContextManager[None]:
 
 
 def split(entry: dict[str, Any]) -> dict[str, int]:
-    return {category: entry[f"{category}_bytes"] for category in MEMORY_CATEGORIES}
+    """Every category, those without a byte left out."""
+    found = {category: entry[f"{category}_bytes"] for category in MEMORY_CATEGORIES}
+    return {category: num_bytes for category, num_bytes in found.items() if num_bytes}
 
 
 def measure(

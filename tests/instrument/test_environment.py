@@ -3,16 +3,14 @@
 import json
 import subprocess
 import sys
-import types
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import snell_scale
-from snell_scale.instrument import environment, nvml
+from snell_scale.instrument import environment
 from snell_scale.instrument.environment import collect_environment
 
 CPU = torch.device("cpu")
@@ -122,39 +120,3 @@ def test_before_the_first_commit_the_commit_is_none(tmp_path: Path, monkeypatch:
         "dirty": True,
         "repository": "current directory",
     }
-
-
-class FakeNVMLError(Exception):
-    pass
-
-
-def fake_pynvml(**functions: Any) -> types.ModuleType:
-    module = types.ModuleType("pynvml")
-    base = {"NVMLError": FakeNVMLError, "nvmlInit": lambda: None, "nvmlShutdown": lambda: None}
-    module.__dict__.update({**base, **functions})
-    return module
-
-
-def fail(*_: Any) -> None:
-    raise FakeNVMLError
-
-
-def test_nvml_finds_the_device_by_uuid(monkeypatch: pytest.MonkeyPatch):
-    properties = types.SimpleNamespace(uuid="12-34")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    pynvml = fake_pynvml(
-        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-12-34": "handle"}[uuid],
-        nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(used={"handle": 77}[handle]),
-        nvmlSystemGetDriverVersion=lambda: "575.1",
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert nvml.used_bytes(torch.device("cuda", 0)) == 77
-    assert nvml.driver_version() == "575.1"
-
-
-@pytest.mark.parametrize(
-    "pynvml", [None, fake_pynvml(nvmlInit=fail), fake_pynvml(nvmlSystemGetDriverVersion=fail)]
-)
-def test_nvml_without_package_or_driver_is_none(pynvml: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert nvml.driver_version() is None

@@ -35,10 +35,6 @@ def test_load_is_what_stands_before_the_first_step():
     assert report["phases"].keys() == {"load"}
     assert split(report["phases"]["load"]) == {
         "parameters": expected,
-        "gradients": 0,
-        "optimizer": 0,
-        "activations": 0,
-        "temporary": 0,
     }
     assert report["peak"] == {"phase": "load", **report["phases"]["load"]}
 
@@ -49,7 +45,6 @@ def test_forward_of_an_mlp_counted_by_hand():
     # the batch is (for the first layer's weight).
     assert split(report["phases"]["forward"]) == {
         "parameters": MLP_BYTES,
-        "gradients": 0,
         "optimizer": ADAMW_BYTES,
         "activations": BATCH_BYTES + HIDDEN_BYTES,
         "temporary": HIDDEN_BYTES,
@@ -80,7 +75,6 @@ def test_frozen_weights_have_no_gradient_and_save_no_input():
     report, _ = measure(module, make_batch(), num_warmup_steps=1)
     assert split(report["phases"]["forward"]) == {
         "parameters": MLP_BYTES,
-        "gradients": 0,
         "optimizer": 2 * SECOND_BYTES + 2 * 4,
         "activations": HIDDEN_BYTES,
         "temporary": BATCH_BYTES + HIDDEN_BYTES,
@@ -104,9 +98,6 @@ def test_evaluation_has_no_activations_and_no_gradients():
         module(batch)
     assert split(probe.report()["phases"]["evaluate"]) == {
         "parameters": MLP_BYTES,
-        "gradients": 0,
-        "optimizer": 0,
-        "activations": 0,
         "temporary": BATCH_BYTES + 2 * HIDDEN_BYTES,
     }
 
@@ -136,11 +127,11 @@ def test_split_sums_to_the_total_and_repeats_exactly(make: Callable[[], nn.Modul
     module = make()
     batch = make_batch(8 if isinstance(module, Blocks) else 4).requires_grad_()
     reports = [measure(copy.deepcopy(module), batch.detach().clone().requires_grad_())[0] for _ in range(2)]
-    assert reports[0] == reports[1]
+    assert reports[0]["phases"] == reports[1]["phases"]
     assert list(reports[0]["phases"]) == ["load", "forward", "backward", "step"]
     for entry in reports[0]["phases"].values():
         assert sum(split(entry).values()) == entry["total_bytes"]
-        assert min(split(entry).values()) >= 0
+        assert min(split(entry).values()) > 0
     totals = {name: entry["total_bytes"] for name, entry in reports[0]["phases"].items()}
     assert reports[0]["peak"]["total_bytes"] == max(totals.values()) == totals[reports[0]["peak"]["phase"]]
 

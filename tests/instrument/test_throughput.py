@@ -21,6 +21,8 @@ class Clock:
 def run(timer: StepTimer, clock: Clock, steps: Iterable[tuple[float, int, bool]]) -> None:
     for seconds, num_images, timed in steps:
         clock.now_s += 1000.0
+        with timer.waiting_for_data():
+            clock.now_s += seconds / 4
         timer.start()
         clock.now_s += seconds
         timer.stop(num_images, timed=timed)
@@ -28,7 +30,7 @@ def run(timer: StepTimer, clock: Clock, steps: Iterable[tuple[float, int, bool]]
 
 def make_timer(num_warmup_steps: int) -> tuple[StepTimer, Clock]:
     clock = Clock()
-    return StepTimer(torch.device("cpu"), num_warmup_steps, clock=clock), clock
+    return StepTimer(torch.device("cpu"), num_warmup_steps, num_devices=2, clock=clock), clock
 
 
 def test_medians_and_percentiles_over_the_timed_steps_only():
@@ -44,7 +46,23 @@ def test_medians_and_percentiles_over_the_timed_steps_only():
     assert report["images_per_s_p10"] == pytest.approx(8 / 1.4, rel=1e-9)
     assert report["images_per_s_p90"] == pytest.approx(8 / 0.6, rel=1e-9)
     assert report["step_ms_median"] == pytest.approx(1000.0, rel=1e-9)
+    assert report["images_per_s_per_device"] == pytest.approx(4 / 1.0, rel=1e-9)
+    assert report["step_ms_p10"] == pytest.approx(600.0, rel=1e-9)
     assert report["step_ms_p90"] == pytest.approx(1400.0, rel=1e-9)
+    assert report["step_ms_p99"] == pytest.approx(1490.0, rel=1e-9)  # between the last two
+    assert report["data_wait_ms_median"] == pytest.approx(250.0, rel=1e-9)
+    assert report["data_wait_percent"] == pytest.approx(20.0, rel=1e-9)
+
+
+def test_a_wait_counts_for_the_step_that_follows_it_only():
+    timer, clock = make_timer(0)
+    run(timer, clock, [(1.0, 8, True)])
+    timer.start()
+    clock.now_s += 1.0
+    timer.stop(8)
+    report = timer.report()
+    assert report["data_wait_ms_median"] == pytest.approx((250.0 + 0.0) / 2, rel=1e-9)
+    assert report["data_wait_percent"] == pytest.approx(100 * 0.25 / 2.25, rel=1e-9)
 
 
 def test_each_step_counts_with_its_own_images():
@@ -61,8 +79,13 @@ def test_without_a_timed_step_every_figure_is_none(steps: list[tuple[float, int,
         "images_per_s": None,
         "images_per_s_p10": None,
         "images_per_s_p90": None,
+        "images_per_s_per_device": None,
         "step_ms_median": None,
+        "step_ms_p10": None,
         "step_ms_p90": None,
+        "step_ms_p99": None,
+        "data_wait_ms_median": None,
+        "data_wait_percent": None,
         "num_timed_steps": 0,
     }
 
