@@ -46,7 +46,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "engine": {
         "single": "snell_scale.engines.single:SingleConfig",
         "ddp": "snell_scale.engines.ddp:DdpConfig",
-        "deepspeed": "snell_scale.engines.deepspeed_engine:DeepSpeedConfig",
+        "deepspeed": "snell_scale.engines.deepspeed_config:DeepSpeedConfig",
         "fsdp2": "snell_scale.engines.fsdp2:Fsdp2Config",
     },
 }

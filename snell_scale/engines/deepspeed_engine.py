@@ -1,124 +1,30 @@
 """DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded."""
 
-import importlib.util
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snell_scale.config import Config
 from snell_scale.engines.batch_statistics import trained_statistics
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.engines.deepspeed_json import (
-    Dictated,
     check_dictated,
     check_optimizer,
-    check_precision,
     default_values,
     plan_values,
-    read_json,
     settings,
 )
-from snell_scale.engines.deepspeed_process import leave_deepspeed, load_deepspeed, register_held_parameters
+from snell_scale.engines.deepspeed_process import load_deepspeed, register_held_parameters
 from snell_scale.engines.deepspeed_state import LossScale, load_state, state_writer
-from snell_scale.engines.distributed import DistributedConfig
 from snell_scale.engines.ranks import Ranks
-from snell_scale.engines.shardable import check_shardable
 from snell_scale.engines.torch_engine import TorchEngine
 from snell_scale.interfaces import ShardWriter, StepPlan
-
-
-class DeepSpeedConfig(DistributedConfig):
-    """Several processes, state sharded by DeepSpeed ZeRO. Checkpoints resume at the same world size and stage."""
-
-    name: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Literal[1, 2, 3] = Field(
-        default=2, description="Shards optimizer state (1), gradients too (2), parameters too (3)."
-    )
-    offload_optimizer: bool = Field(default=False, description="Optimizer state and step on the host.")
-    offload_parameters: bool = Field(default=False, description="ZeRO-3: parameter shards on the host.")
-    json_file: str | None = Field(
-        default=None,
-        description="A DeepSpeed JSON; its 'auto' values are filled from the run's config, the rest must agree.",
-    )
-
-    @model_validator(mode="after")
-    def _check_offload(self) -> "DeepSpeedConfig":
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(
-                f"offload_parameters needs zero_stage=3, which shards parameters; zero_stage is {self.zero_stage}"
-            )
-        return self
-
-    def check(self) -> None:
-        super().check()
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError(
-                "engine.name is 'deepspeed', which is not installed: pip install snell-scale[deepspeed]"
-            )
-        self.read_json()
-
-    def check_module(self, module: nn.Module) -> None:
-        if self.zero_stage == 3:
-            check_shardable(module, "engine.zero_stage=3")
-
-    def check_run(self, config: Config) -> None:
-        refused = {
-            "training.ema_decay": (
-                config.training.ema_decay is not None and self.zero_stage == 3,
-                "ZeRO-3 keeps no whole parameters to average; set it to null, or zero_stage to 1 or 2",
-            ),
-            "training.compile": (
-                config.training.compile,
-                "DeepSpeed's hooks do not compile; set it to false, or engine.name to ddp",
-            ),
-            "checkpoint.asynchronous": (
-                config.checkpoint.asynchronous,
-                "DeepSpeed writes its checkpoints while training waits; set it to false",
-            ),
-        }
-        for key, (asked, reason) in refused.items():
-            if asked:
-                raise ValueError(f"{key} does not go with engine.name=deepspeed: {reason}")
-
-    def read_json(self) -> dict[str, Any]:
-        """The user's JSON with dotted keys, checked against this config; {} without one."""
-        given = {} if self.json_file is None else read_json(self.json_file)
-        check_precision(given, self.precision)
-        check_dictated(given, self.dictated())
-        return given
-
-    def dictated(self) -> dict[str, Dictated]:
-        """What this config decides of DeepSpeed's."""
-        return {
-            "zero_optimization.stage": Dictated(self.zero_stage, "engine.zero_stage"),
-            "zero_optimization.offload_optimizer.device": Dictated(
-                "cpu" if self.offload_optimizer else "none", "engine.offload_optimizer"
-            ),
-            "zero_optimization.offload_param.device": Dictated(
-                "cpu" if self.offload_parameters else "none", "engine.offload_parameters"
-            ),
-        }
-
-    @contextmanager
-    def join(self) -> Iterator[Ranks]:
-        with super().join() as ranks:
-            # ZeRO-3 replaces it for the whole process; the next run may be on another engine.
-            linear = nn.functional.linear
-            try:
-                yield ranks
-            finally:
-                nn.functional.linear = linear
-                leave_deepspeed()
-
-    def build(self, ranks: Ranks) -> "DeepSpeedEngine":
-        return DeepSpeedEngine(self, ranks)
 
 
 class DeepSpeedEngine(TorchEngine):
@@ -221,6 +127,7 @@ class DeepSpeedEngine(TorchEngine):
         return value, self._gradients.get(parameter)
 
     def gather(self, names: Collection[str]) -> dict[str, Tensor]:
+        self._land()
         found: dict[str, Tensor] = {}
         for name, tensor in self._live(sorted(names)).items():  # in one order on all ranks
             with self._whole(tensor):
@@ -230,12 +137,25 @@ class DeepSpeedEngine(TorchEngine):
 
     @torch.no_grad()
     def scatter(self, tensors: Mapping[str, Tensor]) -> None:
+        self._land()
         names = self.ranks.first(lambda: list(tensors))
         for name, tensor in self._live(names).items():
             with self._whole(tensor, changed_by_first=True):
                 if self.ranks.is_first:
                     tensor.copy_(tensors[name])
                 dist.broadcast(tensor.detach(), src=0)
+
+    def held(self) -> Mapping[str, Sequence[Tensor]]:
+        """The float32 copies that are updated; in ZeRO-3 also this rank's parts of weights and gradients."""
+        gradients = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
+        shards = [getattr(p, "ds_tensor", None) for p in self.module.parameters()]
+        groups = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            # ZeRO-3 lets its optimizer see them only while it steps.
+            "optimizer": [*groups, *getattr(self.optimizer, "fp32_partitioned_groups_flat", ())],
+            "parameters": [shard for shard in shards if shard is not None],
+            "gradients": [] if gradients is None else [gradients],
+        }
 
     def describe(self) -> str:
         return f"deepspeed zero-{self._config.zero_stage}"
@@ -265,6 +185,14 @@ class DeepSpeedEngine(TorchEngine):
         if self._loss_scale is not None:
             self._loss_scale.load_state_dict(state)
             self._tell_loss_scale()
+
+    def _land(self) -> None:
+        """ZeRO-3 fetches weights ahead, and a forward without backward leaves some in flight."""
+        if self._config.zero_stage == 3:
+            self._deepspeed.optimizer.empty_partition_cache()
+            whole = self._deepspeed.optimizer.persistent_parameters
+            if whole:  # small ones, which DeepSpeed's trace of a step expects to be there
+                whole[0].all_gather(whole)
 
     def _live(self, names: Collection[str]) -> dict[str, Tensor]:
         """Parameters as such, not detached: DeepSpeed knows the shards of these very objects."""

@@ -204,6 +204,9 @@ class TorchEngine:
             if self.ranks.group is not None:
                 dist.broadcast(tensor, src=0)
 
+    def held(self) -> Mapping[str, Sequence[Tensor]]:
+        return {}
+
     def mean(self, loss: Tensor) -> Tensor:
         if self.ranks.group is not None:
             loss = loss / self.ranks.world_size

@@ -19,7 +19,7 @@ from snell_scale.bench.progress import BenchProgress
 from snell_scale.bench.settings import EnginesSettings
 from snell_scale.bench_records import BenchRecord, Row, read_bench, write_bench
 from snell_scale.config import Config
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.records import Result
 from tests.bench.test_bench_records import made_record
 from tests.command_line import call
@@ -71,7 +71,7 @@ class MadeRuns:
             status="ok",
             throughput={"step_ms_median": 10.0 * number, "images_per_s": 1.0 * number},
             memory={"peak": {"total_bytes": 1000 * processes}},
-            trainable_parameters=25,
+            num_trainable_params=25,
             communication={"payload_bytes": 104, "wire_bytes_per_rank": 103} if processes > 1 else None,
         )
 

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
+from snell_scale.engines.deepspeed_engine import DeepSpeedEngine
 from snell_scale.engines.ranks import Ranks
 from snell_scale.interfaces import Engine, StepPlan
 from tests.engines.fsdp2_cases import (

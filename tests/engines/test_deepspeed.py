@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.engines.ranks import Ranks
 from snell_scale.engines.single import SingleConfig, SingleEngine
 from tests.engines import deepspeed_worker

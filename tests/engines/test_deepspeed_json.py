@@ -13,7 +13,7 @@ from torch import nn
 from snell_scale import registry
 from snell_scale.assembly import assemble
 from snell_scale.config import Config
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.engines.deepspeed_json import (
     check_dictated,
     check_optimizer,
@@ -184,7 +184,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_the_config(
 
     with pytest.raises(ValueError, match=rf"{setting.partition('=')[0]} .*deepspeed: .*{advice}"):
         assemble(config(setting))
-    assert assemble(config("seed=1")).trainable_parameters > 0
+    assert assemble(config("seed=1")).num_trainable_params > 0
 
 
 def test_checkpoints_are_for_the_same_stage_and_world_size() -> None:

@@ -104,8 +104,8 @@ def test_losses_metrics_and_counts_are_those_of_one_process(runs: Path, engine: 
     assert (result.status, result.world_size) == ("ok", 2)
     assert len(found) == 5
     assert found == pytest.approx(losses, abs=LOSS_TOLERANCE)
-    assert result.trainable_parameters == expected.trainable_parameters
-    assert result.total_parameters == expected.total_parameters
+    assert result.num_trainable_params == expected.num_trainable_params
+    assert result.num_total_params == expected.num_total_params
     for split in ("validation", "test"):
         assert result.metrics[split]["top1"] == expected.metrics[split]["top1"]
         assert result.metrics[split]["loss"] == pytest.approx(expected.metrics[split]["loss"], abs=1e-4)
@@ -149,8 +149,8 @@ def test_only_trainable_gradients_exist_and_travel(runs: Path, engine: str, meth
     result, _ = outcome(runs, engine, method)
     assert result.communication is not None
     assert result.memory is not None
-    assert result.trainable_parameters is not None
-    trainable_bytes = 4 * result.trainable_parameters
+    assert result.num_trainable_params is not None
+    trainable_bytes = 4 * result.num_trainable_params
     operations = result.communication["operations"]
     reductions = [operations[name] for name in ("all_reduce", "reduce_scatter") if name in operations]
     reduced = sum(operation["payload_bytes"] for operation in reductions)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.engines.fsdp2 import Fsdp2Config
 from tests.models.clip_cases import train
 from tests.spawned import WORLD_SIZE, set_rank

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snell_scale.engines.ddp import DdpConfig
-from snell_scale.engines.deepspeed_engine import DeepSpeedConfig
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 from snell_scale.engines.fsdp2 import Fsdp2Config
 from snell_scale.interfaces import Engine, InputSpec, Ranks, StepPlan
 from snell_scale.models.activation_checkpointing import checkpoint_activations
