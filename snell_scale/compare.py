@@ -14,7 +14,15 @@ from snell_scale.config_sources import parse_value, read_yaml
 from snell_scale.records import Result, write_result
 from snell_scale.worker_pool import WorkerPool
 
-GRID_ALIASES = {"methods": "method.name", "seeds": "seed"}
+GRID_ALIASES = {
+    "methods": "method.name",
+    "models": "model.architecture",
+    "engines": "engine.name",
+    "seeds": "seed",
+}
+# In the names of folders.
+_BARE_KEYS = ("config", "case", "model.architecture")
+_SHORT_KEYS = {"batch_size": "batch"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,11 @@ def plan_study(
                 planned.append(PlannedRun(config, varied))
     _check_distinct(planned)
     return planned
+
+
+def is_study(path: Path) -> bool:
+    """Whether a config file stands for several runs. ValueError where it cannot be read."""
+    return any(key in read_yaml(path) for key in (*STUDY_KEYS, "configs"))
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
@@ -136,11 +149,12 @@ def _aliased(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
 
 
 def _label(varied: Mapping[str, Any]) -> str:
-    """A folder name from what varies: bare names for methods and cases, key-value for the rest."""
-    parts = [
-        str(value) if key in ("method.name", "config", "case") else f"{key.split('.')[-1]}{value}"
-        for key, value in varied.items()
-    ]
+    """A folder name from what varies: bare where the value is a name itself, with its key for the rest."""
+    parts = []
+    for key, value in varied.items():
+        last = key.split(".")[-1]
+        is_bare = key in _BARE_KEYS or last == "name"
+        parts.append(str(value) if is_bare else f"{_SHORT_KEYS.get(last, last)}{value}")
     return "-".join(part.replace("/", "_").replace(" ", "") for part in parts) or "run"
 
 

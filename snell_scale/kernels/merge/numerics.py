@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @contextlib.contextmanager
@@ -56,6 +57,11 @@ def _highest_matmul_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(chosen)
+
+
+def host_number(tensor: torch.Tensor, *, without_values: float) -> float:
+    """What a tensor of one number holds; of a fake one, which has a shape and no values, `without_values`."""
+    return without_values if isinstance(tensor, FakeTensor) else float(tensor)
 
 
 def factor_dtype(factor: torch.Tensor) -> torch.dtype:

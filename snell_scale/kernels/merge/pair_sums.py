@@ -8,6 +8,8 @@ of one of the N.
 import torch
 from torch import Tensor
 
+from .numerics import host_number
+
 # Up to so many numbers a row, differences are taken one by one: there |a|² − 2 a·b + |b|² cancels most, for many
 # pairs are close, and the passes are few.
 _MOST_SUBTRACTED = 2
@@ -32,7 +34,7 @@ class SquaredDistances:
         left, right = self._left[index], self._right[index, :, columns]
         squares = _squared_differences(left, right) if self._is_subtracted else left @ right
         # On CPU reading the least value costs less than clamping, and spares every later guard against 0.
-        if squares.device.type == "cpu" and float(squares.amin()) > 0:
+        if squares.device.type == "cpu" and host_number(squares.amin(), without_values=1.0) > 0:
             return squares, False
         return squares.clamp_min_(0), True
 

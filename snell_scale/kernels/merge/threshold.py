@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DIGIT_BITS = 16
 # A matrix this small is collected whole; of a larger one up to a sixteenth, 16 MiB of float32 at most.
@@ -62,6 +63,10 @@ def select_magnitude(magnitudes: Magnitudes, rank: Tensor, memory: Tensor | None
     """
     if rank.device.type != "cpu":
         return select_by_digits(magnitudes.tiles, rank, dtype=magnitudes.dtype)
+    if isinstance(rank, FakeTensor):  # no values to look for: only what the tiles take
+        for _ in magnitudes.tiles():
+            pass
+        return rank.new_empty((), dtype=magnitudes.dtype)
     tau = _select_in_bracket(magnitudes, int(rank), memory)
     if tau is None:
         tau = select_by_digits(magnitudes.tiles, rank, dtype=magnitudes.dtype)

@@ -4,6 +4,7 @@ A tile is some columns of one of the G matrices, with all its rows, and small en
 merged weight and gradients compute K in the same tiles, so that the mask is the same bit for bit.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Wanted
+from .numerics import host_number
 from .pair_kernels import PAIR_KERNELS, PairKernel
 from .threshold import select_magnitude, threshold_rank
 
@@ -115,8 +117,8 @@ def _tiles(columns: slice, width: int) -> Iterator[slice]:
 
 def _gate(K: Tensor, tau: Tensor, weighting: str) -> Tensor:
     """g ⊙ M, a new tensor."""
-    if K.device.type == "cpu" and bool(torch.isfinite(tau)):
-        return _gate_by_shrinking(K, float(tau), weighting)
+    if K.device.type == "cpu" and math.isfinite(known := host_number(tau, without_values=1.0)):
+        return _gate_by_shrinking(K, known, weighting)
     magnitudes = K.abs()
     survives = magnitudes > tau
     if weighting == "hard":

@@ -163,6 +163,15 @@ def add_gradients(
         task.add_factors(sums)
 
 
+def gradient_scratch_bytes(delta: Delta) -> int:
+    """Transient of `add_gradients` for the whole matrix, dA and dB asked for: their partial sums."""
+    return _GradientPlan.of(delta, delta.num_columns).scratch_bytes
+
+
+def _gradient_config(delta: Delta) -> Config:
+    return GRADIENT_CONFIG if delta.num_components * delta.A.shape[3] <= 64 else WIDE_GRADIENT_CONFIG
+
+
 @dataclass(frozen=True)
 class _Operands:
     """What every kernel takes: transposed factors, (G, H, Q, columns) and (G, H, Q, rows), and the parameters.
@@ -325,27 +334,13 @@ class _GradientTask:
         wants_params = sums is None and any(each is not None for each in self.gradients.params)
         if self.gradients.A is None and self.gradients.B is None and not wants_params:
             return
-        H, Q = self.operands.components
-        config = GRADIENT_CONFIG if H * Q <= 64 else WIDE_GRADIENT_CONFIG
-        plan = self._plan(config)
+        config = _gradient_config(self.operands.delta)
+        plan = _GradientPlan.of(self.operands.delta, self.num_columns)
         for first_block in range(0, plan.num_row_blocks, plan.blocks_per_launch):
             num_blocks = min(plan.blocks_per_launch, plan.num_row_blocks - first_block)
             partial = self._launch(config, plan, first_block, num_blocks, wants_params=wants_params, sums=sums)
             self._add(partial, first_row=first_block * config.block_m)
-
-    def _plan(self, config: Config) -> "_GradientPlan":
-        delta = self.operands.delta
-        column_blocks = _cdiv(self.num_columns, config.block_n)
-        bound = max(MIN_SCRATCH_BYTES, int(SCRATCH_BYTES_PER_ENTRY * self.G.numel()))
-        bytes_per_line = 4 * delta.num_groups * delta.num_components * delta.A.shape[3]
-        num_row_blocks = _cdiv(delta.num_rows, config.block_m)
-        blocks_per_launch = min(num_row_blocks, max(1, bound // (bytes_per_line * self.num_columns)))
-        stripes_that_fit = max(1, bound // (bytes_per_line * blocks_per_launch * config.block_m))
-        stripes_that_fill = _cdiv(TARGET_PROGRAMS, blocks_per_launch * delta.num_groups)
-        tiles_per_stripe = _cdiv(column_blocks, min(stripes_that_fit, stripes_that_fill))
-        return _GradientPlan(
-            num_row_blocks, blocks_per_launch, _cdiv(column_blocks, tiles_per_stripe), tiles_per_stripe
-        )
+            del partial  # or it would stand beside the next launch's
 
     def _launch(
         self, config: Config, plan: "_GradientPlan", first_block: int, num_blocks: int, *, wants_params: bool,
@@ -404,6 +399,22 @@ class _GradientPlan:
     blocks_per_launch: int
     num_stripes: int
     tiles_per_stripe: int
+    scratch_bytes: int
+
+    @classmethod
+    def of(cls, delta: Delta, num_columns: int) -> "_GradientPlan":
+        config = _gradient_config(delta)
+        num_row_blocks, column_blocks = _cdiv(delta.num_rows, config.block_m), _cdiv(num_columns, config.block_n)
+        num_entries = delta.num_groups * delta.num_rows * num_columns
+        bound = max(MIN_SCRATCH_BYTES, int(SCRATCH_BYTES_PER_ENTRY * num_entries))
+        bytes_per_line = 4 * delta.num_groups * delta.num_components * delta.A.shape[3]
+        blocks_per_launch = min(num_row_blocks, max(1, bound // (bytes_per_line * num_columns)))
+        stripes_that_fit = max(1, bound // (bytes_per_line * blocks_per_launch * config.block_m))
+        stripes_that_fill = _cdiv(TARGET_PROGRAMS, blocks_per_launch * delta.num_groups)
+        tiles_per_stripe = _cdiv(column_blocks, min(stripes_that_fit, stripes_that_fill))
+        num_stripes = _cdiv(column_blocks, tiles_per_stripe)
+        scratch_bytes = bytes_per_line * blocks_per_launch * (num_columns + num_stripes * config.block_m)
+        return cls(num_row_blocks, blocks_per_launch, num_stripes, tiles_per_stripe, scratch_bytes)
 
 
 @dataclass(frozen=True)

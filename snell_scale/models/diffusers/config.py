@@ -32,6 +32,9 @@ from snell_scale.models.weight_files.fit import mismatches
 from snell_scale.models.weight_files.reading import check_weights, read_weights
 
 _WORDS = 8
+# Tokens of a prompt in diffusers' pipelines; SD 3 reads CLIP's and the T5's one after the other.
+_CLIP_TOKENS = 77
+_T5_TOKENS: Mapping[Architecture, int] = {"sd3": 256, "flux": 512, "pixart": 120}
 _SIZES = ("sample_size", "block_out_channels", "num_layers", "num_attention_heads", "attention_head_dim")
 
 
@@ -146,6 +149,7 @@ class DiffusersConfig(StrictModel):
                 denoise=denoise_function(
                     architecture, config, vae_factor=denoiser.vae_factor, guidance=self.guidance
                 ),
+                condition_shapes=self._condition_shape(architecture, config).entries(),
             ),
         )
 
@@ -202,14 +206,23 @@ class DiffusersConfig(StrictModel):
             return PipelineEncoders(fetch_weights(self.folder), dtype=dtype, text_length=self.text_length)
         if kind == "none":
             return AbsentEncoders()
-        architecture = denoiser.architecture
-        shape = ConditionShape(
-            length=self.text_length or _WORDS,
+        return WordEncoders(self._condition_shape(denoiser.architecture, config), seed=self.words_seed)
+
+    def _condition_shape(self, architecture: Architecture, config: Mapping[str, Any]) -> ConditionShape:
+        return ConditionShape(
+            length=self._condition_length(architecture),
             width=text_width(architecture, config),
             pooled=pooled_width(architecture, config),
             masked=architecture == "pixart",
         )
-        return WordEncoders(shape, seed=self.words_seed)
+
+    def _condition_length(self, architecture: Architecture) -> int:
+        if self._encoder_kind == "words":
+            return self.text_length or _WORDS
+        if architecture == "unet":
+            return _CLIP_TOKENS
+        of_t5 = self.text_length or _T5_TOKENS[architecture]
+        return of_t5 + (_CLIP_TOKENS if architecture == "sd3" else 0)
 
     def _latent_shape(
         self, denoiser: Denoiser, config: Mapping[str, Any], input_spec: InputSpec

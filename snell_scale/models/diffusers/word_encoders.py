@@ -22,6 +22,15 @@ class ConditionShape:
     pooled: int | None
     masked: bool
 
+    def entries(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each entry of a condition, without the batch."""
+        found: dict[str, tuple[int, ...]] = {TEXT: (self.length, self.width)}
+        if self.pooled is not None:
+            found[POOLED] = (self.pooled,)
+        if self.masked:
+            found[MASK] = (self.length,)
+        return found
+
 
 class WordEncoders:
     """Encoders of small models in pixel space, with no weights at all.

@@ -69,6 +69,9 @@ class ModuleTuner(ABC):
     def select(self, losses: Iterator[Tensor], sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
         raise AssertionError(f"{type(self).__name__} selects nothing")
 
+    def select_by_shape(self) -> None:
+        raise AssertionError(f"{type(self).__name__} selects nothing")
+
     def bind(self, engine: Engine) -> None:
         return None
 

@@ -79,6 +79,13 @@ class GpsTuner(ModuleTuner):
         for parameter in self.module.parameters():
             parameter.grad = None
 
+    def select_by_shape(self) -> None:
+        """The first entries of every row."""
+        self._chosen = {
+            name: torch.zeros(shape[0] * self._count(shape), dtype=torch.int64)
+            for name, shape in self._shapes.items()
+        }
+
     def bind(self, engine: Engine) -> None:
         """Mask every gradient from now on, before it is clipped."""
         self._engine = engine

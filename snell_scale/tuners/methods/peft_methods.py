@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from snell_scale.interfaces import Engine, ModelBundle
 from snell_scale.tuners.methods.base import MethodConfig, ModuleTuner, find_targets, matching_modules, seeded
-from snell_scale.tuners.snell import SnellConfig, SnellLayer
+from snell_scale.tuners.snell import SnellConfig
 from snell_scale.tuners.snella import SnellaConfig, SnellaModel
 from snell_scale.tuners.snella.competition import LastUpdate, own_gradient
 
@@ -260,18 +260,18 @@ class SnellaTuner(PeftTuner):
         super().__init__(module, bundle, train_extra=train_extra)
         model = module.base_model
         assert isinstance(model, SnellaModel)
-        self._model: SnellaModel = model
         self._competition = model.competition()  # now, while every factor is whole
         self._last_update: LastUpdate = own_gradient
         self._tick = tick
 
     def begin_step(self, step: int, epoch: int, is_epoch_start: bool) -> dict[str, float]:
-        """Figures at a tick that allocates: the share of zeros over all matrices, and the non-zeros in number."""
+        """Figures at a tick that allocates: the competition's."""
         figures = super().begin_step(step, epoch, is_epoch_start)
         if self._tick == "epoch" and not is_epoch_start:
             return figures
-        allocated = self._competition.allocate(epoch if self._tick == "epoch" else step)
-        return figures if allocated is None else figures | self._budget()
+        tick = epoch if self._tick == "epoch" else step
+        allocation = self._competition.allocate(tick)
+        return figures if allocation is None else figures | self._competition.figures(allocation, tick)
 
     def bind(self, engine: Engine) -> None:
         """Scores are taken from what the engine says of the last step, and kept laid out as the factors."""
@@ -287,13 +287,3 @@ class SnellaTuner(PeftTuner):
 
     def sharded_state(self) -> dict[str, Tensor]:
         return self._competition.state_dict()
-
-    def _budget(self) -> dict[str, float]:
-        total, nonzero = 0, 0.0
-        for layer in self._model.modules():
-            if isinstance(layer, SnellLayer):
-                shares = layer.snell_sparsity[_ADAPTER].tolist()
-                size = layer.matrix_size(_ADAPTER)
-                total += size * len(shares)
-                nonzero += size * sum(1 - share for share in shares)
-        return {"sparsity": 1 - nonzero / total, "nonzeros": float(round(nonzero))}

@@ -1,6 +1,6 @@
 """Connects the SNELLA layers of any module to the allocator: reads factors and gradients, writes sparsities."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from snell_scale.tuners.snell.layer import SnellLayer
 from snell_scale.tuners.snella.allocator import FactorStep, SparsityAllocator
 from snell_scale.tuners.snella.config import SnellaConfig
+
+# A ViT-H has 192 matrices, and ticks may be steps: the log stays a few megabytes at most.
+_MOST_RECORDED = 200
 
 LastUpdate: TypeAlias = Callable[[nn.Parameter], tuple[Tensor, Tensor | None]]
 
@@ -89,6 +92,28 @@ class SparsityCompetition:
             sparsity = self._layers[key].snell_sparsity[self._adapter_name]
             sparsity.copy_(torch.tensor(shares, dtype=torch.float64))
         return allocation
+
+    def figures(self, allocation: Mapping[str, Sequence[float]], tick: int) -> dict[str, float]:
+        """What `allocate` decided at that tick, for the log: a pure function of both, resumed or not.
+
+        "sparsity" over all matrices, "nonzeros" in number; and at some 200 evenly spaced ticks and the last,
+        "sparsity/<layer>/<index>" of every stacked matrix.
+        """
+        matrices = self._allocator.matrices
+        total = sum(count * size for count, size in matrices.values())
+        nonzeros = sum(matrices[name][1] * (1 - share) for name, shares in allocation.items() for share in shares)
+        figures = {"sparsity": 1 - nonzeros / total, "nonzeros": float(round(nonzeros))}
+        schedule = self._allocator.schedule
+        allocations = -(-schedule.total_ticks // schedule.mask_interval)
+        interval = schedule.mask_interval * -(-allocations // _MOST_RECORDED)
+        if tick % interval and tick != schedule.total_ticks - 1:
+            return figures
+        each = {
+            f"sparsity/{name}/{index}": round(share, 6)
+            for name, shares in allocation.items()
+            for index, share in enumerate(shares)
+        }
+        return figures | each
 
     def state_dict(self) -> dict[str, Tensor]:
         """The allocator's moving averages; the sparsities themselves are part of the model's state."""

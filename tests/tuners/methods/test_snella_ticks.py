@@ -1,5 +1,7 @@
 """SNELLA in the loop: budgets at the right steps, figures for the log, resuming."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,28 @@ def test_the_budget_is_shared_out_at_every_epoch_start() -> None:
         assert budget(epoch, 10, target=0.8) - NUM_MATRICES - 1 <= nonzeros <= budget(epoch, 10, target=0.8)
         assert figures[4 * epoch]["sparsity"] == pytest.approx(1 - nonzeros / ENTRIES, abs=1e-4)
     assert len({s for shares in sparsities(tuner.module).values() for s in shares}) > 1, "nobody competed"
+
+
+def test_the_figures_have_the_share_of_every_matrix() -> None:
+    bundle = vit()
+    tuner = apply("snella", bundle)
+    figures = train(tuner, bundle, steps=5)[4]
+    logged = {key: value for key, value in figures.items() if key.startswith("sparsity/")}
+    expected = {}
+    for buffer, shares in sparsities(tuner.module).items():
+        layer = buffer.removeprefix("base_model.model.").removesuffix(".snell_sparsity.default")
+        expected |= {f"sparsity/{layer}/{index}": share for index, share in enumerate(shares)}
+    assert "sparsity/blocks.0.attn.qkv/2" in expected
+    assert logged == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_very_many_ticks_only_some_have_the_share_of_every_matrix() -> None:
+    tuner = apply("snella", vit())
+    competition = tuner.module.base_model.competition()
+    competition._allocator.schedule = replace(competition._allocator.schedule, total_ticks=1000, mask_interval=2)
+    allocation = {name: [0.5] * count for name, (count, _) in competition._allocator.matrices.items()}
+    logged = [tick for tick in range(1000) if len(competition.figures(allocation, tick)) > 2]
+    assert logged == [*range(0, 1000, 6), 999]
 
 
 def test_ticks_can_be_steps() -> None:
