@@ -1,8 +1,10 @@
-"""The command line: run, compare, sweep, bench, list, schema and merge. Parses, calls, prints."""
+"""The command line: run, compare, sweep, watch, bench, list, schema and merge. Parses, calls, prints."""
 
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +16,12 @@ from rich.table import Table
 from snell_scale import registry
 from snell_scale.bench.cli import app as bench_app
 from snell_scale.config import Config, json_schema, load_config, to_dict
+from snell_scale.estimate.command import estimate
 from snell_scale.exit_codes import EXIT_CODES, REFUSED, OtherRankFailed, tell_launcher
+from snell_scale.records import Result
 from snell_scale.results_table import console, print_results, say
 from snell_scale.sweep.command import sweep
+from snell_scale.watch.command import watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(sweep)
+app.command()(watch)
+app.command()(estimate)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config; `snell-scale schema` describes its keys.")]
 Overrides = Annotated[
@@ -59,6 +66,15 @@ def run(
     resume: Annotated[str, typer.Option(help="auto: continue an earlier attempt; never: refuse to.")] = "never",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of this name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train; write nothing.")] = False,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="In as few microbatches as the estimate says fit; the batch stays what it is."
+        ),
+    ] = False,
+    device_memory: Annotated[
+        str | None, typer.Option(help="With --fit: e.g. 20GiB; default: the device's, less a tenth.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
     varied: Annotated[str, typer.Option(hidden=True, help="JSON for the record: what a sweep varied.")] = "{}",
 ) -> None:
@@ -71,11 +87,17 @@ def run(
     if resume not in ("never", "auto"):
         raise ValueError(f"--resume is {resume!r}, expected auto or never")
     resolved = load_config(config, overrides or [], config_class=registry.config_class)
+    if dry_run and fit:
+        raise ValueError("--dry-run does not fit: ask `snell-scale estimate` what --fit would choose")
     if dry_run:
         _dry_run(resolved)
         return
+    if device_memory is not None and not fit:
+        raise ValueError("--device-memory belongs to --fit: give both, or ask `snell-scale estimate`")
     from snell_scale.run import run as run_config
 
+    if fit:
+        run_config = _fitted(device_memory)
     result = run_config(
         resolved,
         resume="auto" if resume == "auto" else "never",
@@ -182,6 +204,18 @@ def merge(
     say(f"Wrote {output}: {num_tensors} tensors, {num_bytes / 2**20:.1f} MiB")
 
 
+def _fitted(device_memory: str | None) -> Callable[..., Result]:
+    """`run`, in microbatches that fit."""
+    from snell_scale.estimate.byte_sizes import parse_size
+    from snell_scale.estimate.fit import run_fitted
+    from snell_scale.estimate.settings import HEADROOM
+    from snell_scale.run import run as run_config
+
+    limit = None if device_memory is None else int((1 - HEADROOM) * parse_size(device_memory))
+    tell = say if os.environ.get("RANK", "0") == "0" else lambda _: None
+    return partial(run_fitted, run=run_config, limit_bytes=limit, say=tell)
+
+
 def _print_sizes(kind: str) -> None:
     if kind != "models":
         raise ValueError(f"--sizes is of models, got {kind!r}: `snell-scale list models --sizes`")
@@ -201,21 +235,21 @@ def _dry_run(config: Config) -> None:
     say(yaml.safe_dump(to_dict(config), sort_keys=False))
     table = Table("what", "value", title="Dry run: nothing was trained or written")
     sizes = ", ".join(f"{split} {size}" for split, size in parts.data.sizes.items())
-    share = 100 * parts.trainable_parameters / parts.total_parameters
+    share = 100 * parts.num_trainable_params / parts.num_total_params
     table.add_row("samples", f"{sizes}; {len(parts.data.class_names)} classes")
     table.add_row("optimizer steps", f"{total_steps(config, parts.data):,}")
-    table.add_row("parameters of the base model", f"{parts.total_parameters:,}")
-    table.add_row("trainable parameters", f"{parts.trainable_parameters:,} ({share:.2f} %)")
+    table.add_row("parameters of the base model", f"{parts.num_total_params:,}")
+    table.add_row("trainable parameters", f"{parts.num_trainable_params:,} ({share:.2f} %)")
     console.print(table)
 
 
 def _spread_lists(arguments: list[str]) -> list[str]:
-    """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`; --set likewise takes every key=value that follows it."""
+    """`--grid a=1,2 b=3` → `--grid a=1,2 --grid b=3`; likewise --set and --matrix."""
     spread: list[str] = []
     option = ""
     for argument in arguments:
         name, sign, value = argument.partition("=")
-        if name in ("--grid", "--set"):
+        if name in ("--grid", "--set", "--matrix"):
             option = name
             spread += [name, value] if sign else [name]
         elif option and sign and not argument.startswith("-"):

@@ -107,6 +107,24 @@ def test_grid_takes_everything_that_follows_it() -> None:
     assert parse_grid("method.targets=[all, mlp]") == ("method.targets", ["all", "mlp"])
 
 
+def test_names_of_runs_are_read_at_a_glance(tiny_file: Path) -> None:
+    grid = {
+        "methods": ["lora"],
+        "models": ["resnet18"],
+        "engines": ["ddp"],
+        "training.batch_size": [32],
+        "training.lr": [0.1],
+    }
+    raw = yaml.safe_load(tiny_file.read_text())
+    raw["model"] = {"name": "timm", "head": "new"}
+    raw["method"] = {"r": 4, "targets": "all"}
+    tiny_file.write_text(yaml.safe_dump(raw))
+    lookup = registry.config_class
+    (planned,) = plan_study([tiny_file], grid=grid, overrides=[], name="study", config_class=lookup)
+    assert planned.config.name == "study/lora-resnet18-ddp-batch32-lr0.1"
+    assert (planned.config.engine.name, planned.config.model.architecture) == ("ddp", "resnet18")
+
+
 def test_a_study_runs_every_combination_and_survives_a_failing_one(tiny_file: Path) -> None:
     raw = yaml.safe_load(tiny_file.read_text())
     raw["training"]["steps"] = 2
