@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.drawing import WIDTH_INCHES, Picture, Style, color_of, method_style, text_color, write_png
-from analysis.load import MIB, Row, rows_of
+from analysis.load import rows_of
+from analysis.rows import MIB, Row
 from analysis.tables import Column, number, size, write_tables
 from snell_scale.bench_records import BASES, FIGURES, FILE_NAME, BenchRecord, read_bench
 

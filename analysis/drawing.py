@@ -1,7 +1,7 @@
 """What all figures share: colours, markers, fonts, the light and dark theme, and how a picture is written."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -37,7 +37,10 @@ CATEGORY_COLORS = {
     "gradients": "#EE6677",
     "optimizer": "#CCBB44",
     "activations": "#66CCEE",
+    "transients": "#D55E00",
+    "communication": "#AA3377",
     "temporary": "#AAAAAA",
+    "unexplained": "#666666",
 }
 _FONT = {
     "font.family": "sans-serif",
@@ -57,6 +60,7 @@ _FONT = {
     "text.parse_math": False,  # a "$" in a label is a "$"
     "savefig.dpi": 200,
     "svg.hashsalt": "snell-scale",  # equal data give equal files
+    "pdf.fonttype": 42,  # TrueType, embedded: what conferences ask for, and text that can be searched
 }
 
 
@@ -90,10 +94,12 @@ def styles_of(table: pd.DataFrame) -> dict[str, Style]:
 
 def write_png(picture: Picture, folder: Path) -> Path:
     """Write <name>.png, 200 dpi on white."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{picture.name}.png"
-    path.write_bytes(_render(picture, "png", dark=False))
-    return path
+    return _write(picture, folder, "png")
+
+
+def write_pdf(picture: Picture, folder: Path) -> Path:
+    """Write <name>.pdf, vectors on white with embedded fonts, as wide as a column of a paper."""
+    return _write(picture, folder, "pdf")
 
 
 def as_svg(picture: Picture, *, dark: bool) -> bytes:
@@ -121,13 +127,26 @@ def new_figure(*, height_inches: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _write(picture: Picture, folder: Path, suffix: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{picture.name}.{suffix}"
+    path.write_bytes(_render(picture, suffix, dark=False))
+    return path
+
+
+# No date and no version in the file: equal data give equal files.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
+
+
 def _render(picture: Picture, suffix: str, *, dark: bool) -> bytes:
     settings: Any = _FONT | _theme(dark=dark)
     with matplotlib.rc_context(settings):
         buffer = io.BytesIO()
-        # No date in the file: equal data give equal files.
-        metadata: Mapping[str, Any] = {"Date": None} if suffix == "svg" else {"Software": None}
-        picture.draw().savefig(buffer, format=suffix, transparent=suffix == "svg", metadata=metadata)
+        picture.draw().savefig(buffer, format=suffix, transparent=suffix == "svg", metadata=_METADATA[suffix])
     return buffer.getvalue()
 
 

@@ -1,20 +1,22 @@
 """The figures: accuracy against memory, memory by category, validation curves, and a study's line or bars."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from analysis.drawing import CATEGORY_COLORS, Picture, Style, color_of, method_style, new_figure, text_color
 from analysis.groups import capitalized, is_number, metric_name, value_text
-from analysis.labels import Point, place_labels
+from analysis.labels import Point, draw_key, key_inches, names_of_points, on_two_lines, place_labels
 from analysis.load import Row, rows_of
-from analysis.tables import PEAKS, mean_and_std, score, size
-from snell_scale.records import MEMORY_CATEGORIES
+from analysis.tables import PEAKS, filled, mean_and_std, score, size
 
 Styles = Mapping[str, Style]
+_LEGEND_COLUMNS = 5  # of memory categories, in the width of a figure
 
 
 def accuracy_against_memory(table: pd.DataFrame, metric: str, styles: Styles) -> Picture | None:
@@ -23,8 +25,10 @@ def accuracy_against_memory(table: pd.DataFrame, metric: str, styles: Styles) ->
     if rows.empty:
         return None
 
+    names = names_of_points(list(rows["label"]))
+
     def draw() -> Figure:
-        figure, axes = new_figure(height_inches=3.6)
+        figure, axes = new_figure(height_inches=3.6 + key_inches(names))
         points = []
         for row in rows_of(rows):
             color, error = color_of(styles[row["label"]]), _zero_if_nan(row["score_std"])
@@ -34,14 +38,16 @@ def accuracy_against_memory(table: pd.DataFrame, metric: str, styles: Styles) ->
                 yerr=error or None,
                 color=color,
                 marker=styles[row["label"]].marker,
+                markerfacecolor="none" if row["predicted"] else color,
                 markersize=7,
                 elinewidth=1.1,
                 capsize=2.5,
             )
-            points.append(Point(row["label"], row["peak_total_mib"], row["score_mean"], error, color))
+            points.append(Point(names[row["label"]], row["peak_total_mib"], row["score_mean"], error, color))
         axes.set_xlabel("Peak memory of a training step (MiB)")
         axes.set_ylabel(f"{_name(metric)} on test, mean ± std")
         axes.margins(0.14, 0.1)
+        draw_key(figure, names, {label: (color_of(styles[label]), styles[label].marker) for label in names})
         place_labels(axes, points)
         return figure
 
@@ -51,45 +57,50 @@ def accuracy_against_memory(table: pd.DataFrame, metric: str, styles: Styles) ->
 
 
 def memory_by_category(table: pd.DataFrame, *, name: str = "memory-categories") -> Picture | None:
-    """One stacked bar per row of `comparison` with a measured peak, whatever its status."""
-    rows = table.dropna(subset=["peak_total_mib", *PEAKS])
+    """One stacked bar per row of `comparison` with its peak's parts, whatever its status; hatched: predicted."""
+    rows = table.dropna(subset=["peak_total_mib"]).dropna(subset=list(PEAKS), how="all")
+    rows = rows.fillna(dict.fromkeys(PEAKS, 0.0))  # records of the first schema have fewer categories
     if rows.empty:
         return None
-    labels = [_with_status(row) for row in rows_of(rows)]
-
-    def draw() -> Figure:
-        figure, axes = new_figure(height_inches=0.9 + 0.3 * len(rows))
-        positions, starts = np.arange(len(rows)), np.zeros(len(rows))
-        for category, key in zip(MEMORY_CATEGORIES, PEAKS, strict=True):
-            widths = rows[key].to_numpy(dtype=float)
-            axes.barh(
-                positions, widths, left=starts, height=0.68, color=CATEGORY_COLORS[category], label=category
-            )
-            starts += widths
-        axes.set_yticks(positions, [_on_two_lines(label) for label in labels])
-        for position, total in enumerate(rows["peak_total_mib"]):
-            axes.annotate(
-                size(total),
-                (total, position),
-                (4, 0),
-                textcoords="offset points",
-                va="center_baseline",
-                fontsize=8,
-            )
-        axes.invert_yaxis()
-        axes.margins(x=0.1)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("Peak memory of a training step (MiB)")
-        figure.legend(loc="outside upper center", ncols=len(MEMORY_CATEGORIES), handlelength=1, columnspacing=1.2)
-        return figure
+    labels, parts = [_with_state(row) for row in rows_of(rows)], filled(rows)
 
     told = []
     for label, row in zip(labels, rows_of(rows), strict=True):
-        parts = ", ".join(f"{c} {size(row[key])}" for c, key in zip(MEMORY_CATEGORIES, PEAKS, strict=True))
-        told.append(f"{label} {size(row['peak_total_mib'])} ({parts})")
+        words = ", ".join(f"{category} {size(row[key])}" for category, key in parts)
+        told.append(f"{label} {size(row['peak_total_mib'])} ({words})")
     alt = f"Stacked bars of peak memory in MiB by category: {'; '.join(told)}."
-    return Picture(name, "Peak memory by category", alt, draw)
+    return Picture(name, "Peak memory by category", alt, lambda: _stacked_bars(rows, labels, parts))
+
+
+def _stacked_bars(rows: pd.DataFrame, labels: Sequence[str], parts: Sequence[tuple[str, str]]) -> Figure:
+    """parts: each category with its column of `rows`."""
+    figure, axes = new_figure(height_inches=0.9 + 0.3 * len(rows))
+    positions, starts = np.arange(len(rows)), np.zeros(len(rows))
+    hatches = ["////" if predicted else "" for predicted in rows["predicted"]]
+    for category, key in parts:
+        widths, bars = rows[key].to_numpy(dtype=float), {"height": 0.68, "linewidth": 0, "hatch": hatches}
+        color, ground = CATEGORY_COLORS[category], axes.get_facecolor()  # a hatch has the colour of the edge
+        axes.barh(positions, widths, left=starts, facecolor=color, edgecolor=ground, **bars)
+        starts += widths
+    axes.set_yticks(positions, [on_two_lines(label) for label in labels])
+    for position, total in enumerate(rows["peak_total_mib"]):
+        axes.annotate(
+            size(total),
+            (total, position),
+            (4, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=8,
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("Peak memory of a training step (MiB)")
+    handles = [Patch(color=CATEGORY_COLORS[category], label=category) for category, _ in parts]
+    columns = len(parts) if len(parts) <= _LEGEND_COLUMNS else math.ceil(len(parts) / 2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=1, columnspacing=1.2)
+    return figure
 
 
 def training_curves(curves: pd.DataFrame, metric: str, styles: Styles) -> Picture | None:
@@ -178,7 +189,7 @@ def study_bars(table: pd.DataFrame, metric: str, *, name: str) -> Picture | None
             text = f"{score(row)}  (n={row['n']})"
             place = (row["score_mean"] + error, position)
             axes.annotate(text, place, (5, 0), textcoords="offset points", va="center_baseline", fontsize=8)
-        axes.set_yticks(range(len(rows)), [_on_two_lines(label) for label in rows["label"]])
+        axes.set_yticks(range(len(rows)), [on_two_lines(label) for label in rows["label"]])
         axes.invert_yaxis()
         axes.margins(x=0.28)
         axes.grid(visible=False, axis="y")
@@ -198,13 +209,9 @@ def _told(rows: pd.DataFrame) -> str:
     return "; ".join(f"{r['label']} {score(r)}" for r in rows_of(rows))
 
 
-def _on_two_lines(label: str) -> str:
-    """A long label would leave the bars no room."""
-    return label.replace(", ", ",\n", 1) if len(label) > 24 else label
-
-
-def _with_status(row: Row) -> str:
-    return row["label"] if row["status"] == "ok" else f"{row['label']} ({row['status']})"
+def _with_state(row: Row) -> str:
+    state = [*([row["status"]] if row["status"] != "ok" else []), *(["predicted"] if row["predicted"] else [])]
+    return f"{row['label']} ({', '.join(state)})" if state else row["label"]
 
 
 def _zero_if_nan(value: float) -> float:

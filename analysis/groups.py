@@ -113,8 +113,8 @@ def _only(runs: pd.DataFrame, column: str) -> str:
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Column → the last part of its key, or the whole key where two end alike."""
-    last = [key.rsplit(".", 1)[-1] for key in keys]
+    """Column → the last part of its key, or the whole key where two end alike; "engine" of "engine.name"."""
+    last = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in keys]
     return {
         key: name if last.count(name) == 1 else key.removeprefix("varied.")
         for key, name in zip(keys, last, strict=True)

@@ -2,21 +2,28 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.drawing import Picture, styles_of, write_png
+from analysis.drawing import Picture, styles_of, write_pdf, write_png
 from analysis.figures import Styles, accuracy_against_memory, memory_by_category, training_curves
 from analysis.groups import choice_of, metric_of, with_labels
-from analysis.load import load_curves, load_runs
-from analysis.page import Section, bullets, figure, page, paragraph
-from analysis.samples import samples_section
-from analysis.sections import comparison_table, environment_table, lead, runs_table
-from analysis.summary import protocol_sentence, sentences, source_sentences
+from analysis.load import load_curves, load_environments, load_runs
+from analysis.report_page.explore import explore_section
+from analysis.report_page.methods import methods_section
+from analysis.report_page.page import Section, bullets, figure, page, paragraph
+from analysis.report_page.plot_data import colors_of, plot_data
+from analysis.report_page.samples import samples_section
+from analysis.report_page.scale import scale_section
+from analysis.report_page.sections import comparison_table, environment_section, lead
+from analysis.report_page.summary import protocol_sentence, sentences, source_sentences
 from analysis.tables import SPREAD, columns, comparison, print_table, write_tables
-from snell_scale import metrics
+from analysis.updates.allocation import allocation_heat_map
+from analysis.updates.delta_ranks import delta_ranks, rank_picture
+
+_MOST_PRINTED = 40  # rows that one printed picture holds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,62 +39,96 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(paths: Sequence[Path], output: Path, *, title: str, note: str | None = None) -> Path:
-    """Write report.html, table.md/.csv/.tex and the pictures as PNG to `output`; print the table.
+    """Write report.html, table.md/.csv/.tex and the pictures as PNG and PDF to `output`; print the table.
 
     ValueError: no runs in `paths`, or runs of different metrics.
     """
     runs = load_runs(paths)
     metric = metric_of(runs)
     table = comparison(runs)
-    shown = columns(table, metric)
-    styles = styles_of(table)
-    pictures = _pictures(runs, table, metric, styles)
+    shown = columns(table, metric, with_score=not table["predicted"].all())
+    styles, curves = styles_of(table), load_curves(_ended_well(runs))
+    pictures, of_layers = _pictures(runs, table, curves, styles), _pictures_of_layers(runs)
     write_tables(table, shown, output)
-    for picture, _ in pictures:
-        write_png(picture, output)
-    compared = runs.loc[runs["compared"]]
-    told = [*sentences(table, runs), *source_sentences(compared), protocol_sentence(compared)]
-    figures = "".join(figure(picture, caption) for picture, caption in pictures)
+    told = _told(runs, table)
+    environments = load_environments(runs.loc[~runs["predicted"]])
+    data = plot_data(runs, curves, styles)
+    colors = colors_of(data)
     sections = [
         Section("summary", "Summary", paragraph(told[0], kind="finding") + bullets(told[1:])),
-        Section("comparison", "Comparison", comparison_table(table, shown, styles)),
-        Section("pictures", "Pictures", f'<div class="figures">{figures}</div>'),
+        Section("comparison", "Comparison", comparison_table(table, shown, colors)),
+        *methods_section(runs, styles, colors, most_drawn=_MOST_PRINTED),
+        explore_section(runs, environments, data, pictures),
+        *scale_section(runs, most_drawn=_MOST_PRINTED),
+        *_layers_section(of_layers),
         *samples_section(runs),
-        Section("runs", "Every run", runs_table(runs)),
-        Section("environment", "Environment", environment_table(runs)),
+        *environment_section(environments, num_runs=len(runs)),
     ]
+    of_sections = [picture for section in sections for picture in section.pictures]
+    _write_pictures([*pictures.values(), *of_layers, *of_sections], output)
     path = output / "report.html"
-    path.write_text(page(title, lead(runs) + (paragraph(note, kind="note") if note else ""), sections), "utf-8")
+    head = lead(runs) + (paragraph(note, kind="note") if note else "")
+    path.write_text(page(title, head, sections, data=data), "utf-8")
     print_table(table, shown, title=f"{title}: {SPREAD}")
     print("\n".join(f"- {sentence}" for sentence in told) + "\n")
     return path
 
 
-def _pictures(runs: pd.DataFrame, table: pd.DataFrame, metric: str, styles: Styles) -> list[tuple[Picture, str]]:
-    """Every picture there are data for, with its caption."""
-    labelled = with_labels(runs.loc[runs["compared"]])
-    ok = labelled.loc[labelled["status"] == "ok"]
-    curves = load_curves(ok).merge(ok[["folder", "label"]], on="folder")
-    curves["order"] = curves["folder"].map({folder: index for index, folder in enumerate(ok["folder"])})
-    curves = curves.sort_values(["order", "step"], kind="stable")
-    better = "Up" if metrics.metric(metric).higher_is_better else "Down"
-    sources = ", ".join(sorted(set(runs["memory_source"].dropna())))
-    measured = f" Memory as counted from {sources}." if sources else ""
-    drawn = (
-        (
-            accuracy_against_memory(table, metric, styles),
-            f"{better} and to the left is better; bars: {SPREAD}.{measured}",
-        ),
-        (
-            memory_by_category(table),
-            f"What stands in memory at the peak of a training step, mean over seeds.{measured}",
-        ),
-        (
-            training_curves(curves, choice_of(runs), styles),
-            "Mean over seeds; the bands are ± one standard deviation.",
-        ),
+def _write_pictures(pictures: Sequence[Picture], output: Path) -> None:
+    for picture in pictures:
+        write_png(picture, output)
+        write_pdf(picture, output)
+
+
+def _told(runs: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    compared = runs.loc[runs["compared"]]
+    told = [*sentences(table, runs), *source_sentences(compared)]
+    if table["label"].nunique() > _MOST_PRINTED:
+        told.append(
+            f"There are pictures in files of {_MOST_PRINTED} rows at most, and not of these {len(table)}: "
+            "for them, make a report of fewer runs."
+        )
+    return (
+        told if compared["predicted"].all() else [*told, protocol_sentence(compared.loc[~compared["predicted"]])]
     )
-    return [(picture, caption) for picture, caption in drawn if picture is not None]
+
+
+def _ended_well(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.loc[runs["compared"] & (runs["status"] == "ok") & ~runs["predicted"]]
+
+
+def _pictures(
+    runs: pd.DataFrame, table: pd.DataFrame, curves: pd.DataFrame, styles: Styles
+) -> dict[str, Picture]:
+    """Every picture there are data for, by the kind of plot that it stands for on the page."""
+    if table["label"].nunique() > _MOST_PRINTED:
+        return {}
+    labelled = with_labels(runs.loc[runs["compared"]])
+    ok = _ended_well(labelled)
+    lines = curves.merge(ok[["folder", "label"]], on="folder")
+    lines["order"] = lines["folder"].map({folder: index for index, folder in enumerate(ok["folder"])})
+    lines = lines.sort_values(["order", "step"], kind="stable")
+    drawn = {
+        "scatter": accuracy_against_memory(table, metric_of(runs), styles),
+        "bars": memory_by_category(table),
+        "curves": training_curves(lines, choice_of(runs), styles),
+    }
+    return {kind: picture for kind, picture in drawn.items() if picture is not None}
+
+
+def _pictures_of_layers(runs: pd.DataFrame) -> dict[Picture, str]:
+    """What the methods did to each layer, with captions; each only where runs have written what it needs."""
+    ran = runs.loc[~runs["predicted"]]
+    found: dict[Picture | None, str] = {allocation_heat_map(ran): "The first seed of each variant of SNELLA."}
+    if with_labels(ran.loc[ran["compared"]])["label"].nunique() <= _MOST_PRINTED:
+        ranks = delta_ranks(ran)
+        found[rank_picture(ranks, ran)] = " ".join(ranks.notes)
+    return {picture: caption for picture, caption in found.items() if picture is not None}
+
+
+def _layers_section(pictures: Mapping[Picture, str]) -> list[Section]:
+    figures = "".join(figure(picture, caption) for picture, caption in pictures.items())
+    return [Section("layers", "Layers", f'<div class="figures">{figures}</div>')] if figures else []
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.drawing import Picture, styles_of, write_png
+from analysis.drawing import Picture, styles_of, write_pdf, write_png
 from analysis.figures import memory_by_category, study_bars, study_line
 from analysis.groups import is_number, metric_of, varied_keys, with_labels
 from analysis.load import load_runs
 from analysis.tables import columns, comparison, print_table, write_tables
+from analysis.updates.allocation import allocation_picture, allocations, write_allocations
+from analysis.updates.delta_ranks import delta_ranks, rank_picture, write_ranks
 
 _NUMBERS_FOR_A_LINE = 3
 
@@ -33,11 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_study(folder: Path, output: Path, *, key: str | None = None, memory_only: bool = False) -> list[Path]:
-    """Write <study>.md, .csv, .tex, <study>.png and <study>-memory.png to `output`; returns the paths.
+    """Write <study>.md, .csv, .tex and the pictures <study> and <study>-memory to `output`; returns the paths.
+
+    Where the runs have adapters also the tables and picture <study>-ranks and <study>-ranks-matrices.csv
+    (delta_ranks.py), where they recorded SNELLA's allocations the table and picture <study>-allocation
+    (allocation.py). Every picture is a .png and a .pdf.
 
     key: the varied key of the line, e.g. "method.sparsity"; None takes the one with the most numbers. Where
     no key has at least three numbers, the cases are bars. memory_only: for runs whose score means nothing;
-    no score is written, and <study>.png is the memory.
+    no score is written, nor what was learnt, and the picture <study> is the memory.
     ValueError: no runs, runs of different metrics, or a key that the study does not vary.
     """
     runs = load_runs([folder])
@@ -49,7 +55,13 @@ def write_study(folder: Path, output: Path, *, key: str | None = None, memory_on
     pictures = [memory_by_category(table, name=name if memory_only else f"{name}-memory")]
     if not memory_only:
         pictures.append(_study_picture(runs, table, metric, _line_key(table, key), name=name))
-    return paths + [write_png(picture, output) for picture in pictures if picture is not None]
+        ranks, allocated = delta_ranks(runs), allocations(runs)
+        paths += write_ranks(ranks, output, name=f"{name}-ranks")
+        paths += write_allocations(allocated, output, name=f"{name}-allocation")
+        pictures.append(rank_picture(ranks, runs, name=f"{name}-ranks"))
+        pictures.append(allocation_picture(allocated, name=f"{name}-allocation"))
+    drawn = [picture for picture in pictures if picture is not None]
+    return paths + [write(picture, output) for picture in drawn for write in (write_png, write_pdf)]
 
 
 def _study_picture(

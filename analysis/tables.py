@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from analysis.groups import capitalized, metric_name, others_of, varied_keys, with_labels
+from analysis.groups import SETTINGS, capitalized, metric_name, others_of, varied_keys, with_labels
 from analysis.load import Row, rows_of
 from snell_scale.records import MEMORY_CATEGORIES, STATUSES
 
@@ -20,6 +20,7 @@ SPREAD = "mean ± sample standard deviation over n seeds"
 PEAKS = tuple(f"peak_{category}_mib" for category in MEMORY_CATEGORIES)
 _MEANS = ("validation_score", "trainable_percent", "peak_total_mib", *PEAKS, "images_per_s", "adapter_kib")
 _LATEX: dict[str, str] = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "~": r"\textasciitilde{}"}
+_LATEX |= {"<": "$<$", ">": "$>$", "|": "$|$", "→": r"$\to$", "×": r"$\times$"}  # as they are not in OT1
 _LATEX |= {"^": r"\textasciicircum{}"} | {character: f"\\{character}" for character in "&%$#_{}"}
 
 
@@ -34,11 +35,12 @@ class Column:
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per label and status, in numbers; what did not end "ok" keeps a row of its own.
+    """One row per label, status and source, in numbers: what did not end "ok", or was predicted, has its own.
 
-    Columns: label, method, status, n, seeds, score_mean, score_std (sample standard deviation, NaN for one
-    run), the same of each further reported metric as test_<metric>_mean and _std, the means of the other figures,
-    the metric that chose the weights, and the varied keys.
+    Of several runs of one seed the mean stands for it: copies of a run are no further seeds.
+    Columns: label, method, status, predicted, n, seeds, score_mean, score_std (sample standard deviation, NaN for
+    one run), the same of each further reported metric as test_<metric>_mean and _std, the means of the other
+    figures, the metric that chose the weights, the settings, and the varied keys.
     """
     runs = runs.loc[runs["compared"]]
     labelled = with_labels(runs)
@@ -46,27 +48,34 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for label in labelled["label"].unique():
         same = labelled.loc[labelled["label"] == label]
-        for status in sorted(same["status"].unique(), key=STATUSES.index):
-            group = same.loc[same["status"] == status]
+        kinds = {
+            (bool(predicted), status) for predicted, status in zip(same["predicted"], same["status"], strict=True)
+        }
+        for predicted, status in sorted(kinds, key=lambda kind: (kind[0], STATUSES.index(kind[1]))):
+            group = same.loc[(same["status"] == status) & (same["predicted"] == predicted)]
+            of_seeds = group.set_index("seed")[["score", *others, *_MEANS]].astype(float).groupby("seed").mean()
             row = {
                 "label": label,
                 "method": group["method"].iloc[0],
                 "status": status,
-                "n": len(group),
-                "seeds": " ".join(str(seed) for seed in sorted(group["seed"])),
-                "score_mean": group["score"].mean(),
-                "score_std": group["score"].std(ddof=1),
+                "predicted": predicted,
+                "n": len(of_seeds),
+                "seeds": " ".join(str(seed) for seed in of_seeds.index),
+                "score_mean": of_seeds["score"].mean(),
+                "score_std": of_seeds["score"].std(ddof=1),
                 "metric": group["metric"].iloc[0],
             }
-            row |= {f"{name}_mean": group[name].mean() for name in others}
-            row |= {f"{name}_std": group[name].std(ddof=1) for name in others}
-            row |= {name: group[name].mean() for name in _MEANS}
+            row |= {f"{name}_mean": of_seeds[name].mean() for name in others}
+            row |= {f"{name}_std": of_seeds[name].std(ddof=1) for name in others}
+            row |= {name: of_seeds[name].mean() for name in _MEANS}
+            row |= {name: group[name].iloc[0] for name in SETTINGS}  # runs that differ in one have other labels
             rows.append(row | {key: group[key].iloc[0] for key in keys})
     return pd.DataFrame(rows)
 
 
 def columns(table: pd.DataFrame, metric: str, *, first: str = "Method", with_score: bool = True) -> list[Column]:
-    """How `comparison`'s rows are shown; the status has a column where one is not ok.
+    """How `comparison`'s rows are shown: the status where one is not ok, the source where one is predicted, and
+    the memory categories that hold something.
 
     with_score=False: for runs that only measure, whose score means nothing.
     """
@@ -78,18 +87,30 @@ def columns(table: pd.DataFrame, metric: str, *, first: str = "Method", with_sco
         Column("n", "n", lambda row: str(row["n"])),
         Column("Peak MiB", "peak_total_mib", lambda row: size(row["peak_total_mib"])),
     ]
-    for category, key in zip(MEMORY_CATEGORIES, PEAKS, strict=True):
-        shown.append(Column(category.capitalize(), key, lambda row, key=key: size(row[key])))
+    shown += [Column(name.capitalize(), key, lambda row, key=key: size(row[key])) for name, key in filled(table)]
     shown += [
         Column("Images/s", "images_per_s", lambda row: number(row["images_per_s"], digits=0)),
         Column("Adapter KiB", "adapter_kib", lambda row: size(row["adapter_kib"])),
     ]
     if not with_score:
         shown = [column for column in shown if not column.key.endswith("_mean")]
+    place = next(index for index, column in enumerate(shown) if column.key == "n") + 1
+    if table["predicted"].any():
+        shown.insert(place, Column("Source", "predicted", lambda row: source(row["predicted"]), is_number=False))
     if (table["status"] != "ok").any():
-        place = next(index for index, column in enumerate(shown) if column.key == "n") + 1
         shown.insert(place, Column("Status", "status", lambda row: row["status"], is_number=False))
     return shown
+
+
+def filled(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The memory categories, each with its column, in which any row has something."""
+    pairs = zip(MEMORY_CATEGORIES, PEAKS, strict=True)
+    return [(category, key) for category, key in pairs if table[key].fillna(0).any()]
+
+
+def source(predicted: bool) -> str:
+    """Where a row's numbers come from, in a word."""
+    return "predicted" if predicted else "measured"
 
 
 def display(table: pd.DataFrame, shown: Sequence[Column]) -> pd.DataFrame:
@@ -193,8 +214,8 @@ def mean_and_std(mean: float, std: float) -> str:
 
 
 def size(value: float) -> str:
-    """MiB or KiB: one digit below 100, none above."""
-    return number(value, digits=1 if abs(value) < 100 else 0)
+    """MiB or KiB: two digits below 1, one below 100, none above."""
+    return number(value, digits=2 if 0 < abs(value) < 1 else 1 if abs(value) < 100 else 0)
 
 
 def number(value: float, *, digits: int) -> str:

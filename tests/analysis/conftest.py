@@ -1,10 +1,19 @@
-"""What every test of the analysis starts from: a way to write made-up runs."""
+"""What tests of the analysis start from: a way to write made-up runs, and a browser."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 from synthetic_runs import WriteRun, write_synthetic_run
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

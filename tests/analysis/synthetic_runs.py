@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from snell_scale.records import MEMORY_CATEGORIES, Result, StepWriter, write_json, write_result, write_yaml
+from snell_scale.records import Result, StepWriter, write_json, write_result, write_yaml
 
 MIB = 2**20
 WriteRun = Callable[..., Path]
@@ -22,8 +22,8 @@ _SAME_FOR_ALL: dict[str, Any] = {
     "best_step": 20,
     "steps": 20,
     "total_steps": 20,
-    "total_parameters": 100_000,
-    "adapter_bytes": 10 * 1024,
+    "num_total_params": 100_000,
+    "file_size": 10 * 1024,
     "seconds": {"setup": 0.5, "total": 6.5},
 }
 
@@ -54,9 +54,9 @@ def write_synthetic_run(
         method=method,
         seed=seed,
         metrics={} if top1 is None else {"test": {"top1": top1}, "validation": {"top1": top1 + 1}},
-        trainable_parameters=trainable,
+        num_trainable_params=trainable,
         throughput={"images_per_s": 1000.0 + seed, "step_ms_median": 32.0},
-        memory=_memory(peak_mib),
+        memory=memory_of(peak_mib),
         varied=varied and {**varied, "seed": seed},
         **_SAME_FOR_ALL,
     )
@@ -71,10 +71,12 @@ def write_synthetic_run(
     return folder
 
 
-def _memory(peak_mib: tuple[float, ...]) -> dict[str, Any]:
-    peak = {
-        f"{category}_bytes": int(value * MIB) for category, value in zip(MEMORY_CATEGORIES, peak_mib, strict=True)
-    }
+_CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
+
+
+def memory_of(peak_mib: tuple[float, ...]) -> dict[str, Any]:
+    peak = {f"{category}_bytes": int(value * MIB) for category, value in zip(_CATEGORIES, peak_mib, strict=True)}
+    peak |= {f"{category}_bytes": 0 for category in ("transients", "communication", "unexplained")}
     peak["total_bytes"] = sum(peak.values())
     return {
         "device": "cpu",

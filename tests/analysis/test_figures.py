@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import Rectangle
 from PIL import Image
 from synthetic_runs import WriteRun
 
-from analysis.drawing import WIDTH_INCHES, as_svg, new_figure, styles_of, write_png
+from analysis.drawing import WIDTH_INCHES, as_svg, new_figure, styles_of, write_pdf, write_png
 from analysis.figures import accuracy_against_memory, memory_by_category, training_curves
 from analysis.labels import Point, place_labels, text_box
 from analysis.load import load_runs
@@ -44,6 +45,42 @@ def test_pictures_tell_their_content_in_words(table: pd.DataFrame) -> None:
     assert "GPS" not in scatter.alt
     assert "full fine-tuning 30.0 (parameters 2.0, gradients 4.0" in bars.alt
     assert "GPS (oom) 15.0" in bars.alt
+
+
+def test_pdf_has_its_fonts_embedded_as_type_42(table: pd.DataFrame, tmp_path: Path) -> None:
+    picture = memory_by_category(table)
+    assert picture is not None
+    path = write_pdf(picture, tmp_path)
+    content = path.read_bytes()
+    assert path.name == "memory-categories.pdf"
+    assert content.startswith(b"%PDF")
+    assert b"/FontFile2" in content  # TrueType, in the file
+    assert b"/CIDFontType2" in content
+    assert b"/Type3" not in content  # glyphs as drawings, which conferences refuse
+    assert write_pdf(picture, tmp_path / "again").read_bytes() == content
+
+
+def test_predicted_rows_are_hollow_and_hatched(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("lora", 0)
+    write_run("snell", 0, predicted=True)
+    table = comparison(load_runs([tmp_path]))
+    bars, scatter = memory_by_category(table), accuracy_against_memory(table, "top1", styles_of(table))
+    assert bars is not None
+    assert scatter is not None
+    assert "SNELL (predicted) 15.0" in bars.alt
+    rectangles = [patch for patch in bars.draw().axes[0].patches if isinstance(patch, Rectangle)]
+    assert [patch.get_hatch() for patch in rectangles] == ["", "////"] * 5
+    lines = [line for line in scatter.draw().axes[0].get_lines() if line.get_marker() in ("s", "o")]
+    assert [line.get_markerfacecolor() == "none" for line in lines] == [False, True]
+
+
+def test_a_category_that_a_record_does_not_know_counts_as_nothing(table: pd.DataFrame) -> None:
+    unknown = table.assign(peak_transients_mib=float("nan"), peak_unexplained_mib=float("nan"))
+    bars = memory_by_category(unknown)
+    assert bars is not None
+    assert "transients" not in bars.alt
+    widths = [patch.get_width() for patch in bars.draw().axes[0].patches if isinstance(patch, Rectangle)]
+    assert sum(widths) == pytest.approx(unknown["peak_total_mib"].sum())
 
 
 def test_svg_is_repeatable_and_dark_differs_from_light(table: pd.DataFrame) -> None:

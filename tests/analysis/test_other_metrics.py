@@ -9,7 +9,7 @@ from synthetic_runs import WriteRun, write_synthetic_run
 from analysis.groups import choice_of, metric_of, others_of
 from analysis.load import load_runs
 from analysis.report import write_report
-from analysis.summary import sentences, source_sentences
+from analysis.report_page.summary import sentences, source_sentences
 from analysis.tables import columns, comparison, display
 from analysis.tuning import best_learning_rates
 

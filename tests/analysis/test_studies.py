@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from adapters import record_allocations, write_peft_adapter
 from synthetic_runs import WriteRun
 
 from analysis.load import load_runs
@@ -41,9 +43,11 @@ def test_numbers_make_a_line(sparsity_study: Path, tmp_path: Path) -> None:
         "sparsity.csv",
         "sparsity.tex",
         "sparsity-memory.png",
+        "sparsity-memory.pdf",
         "sparsity.png",
+        "sparsity.pdf",
     ]
-    assert all(path.stat().st_size > 5_000 for path in paths if path.suffix == ".png")
+    assert all(path.stat().st_size > 5_000 for path in paths if path.suffix in (".png", ".pdf"))
     lines = paths[0].read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         "sparsity=0",
@@ -87,3 +91,22 @@ def test_a_key_that_is_not_varied_is_refused_by_name(
 def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "snell-scale compare" in capsys.readouterr().err
+
+
+def test_what_was_learnt_is_written_where_it_can_be_read(write_run: WriteRun, tmp_path: Path) -> None:
+    for sparsity in (0.0, 0.5):
+        folder = write_run("snell", 0, study="learnt", label=f"s{sparsity}", varied={"method.sparsity": sparsity})
+        write_peft_adapter(folder, "snell", sparsity=sparsity)
+    record_allocations(write_run("snella", 0, study="learnt"), {5: {"blocks.0.mlp.fc1": [0.25]}})
+    names = {path.name for path in write_study(tmp_path / "learnt", tmp_path / "out")}
+    assert names >= {"learnt-ranks.png", "learnt-ranks.tex", "learnt-ranks-matrices.csv", "learnt-allocation.png"}
+    text = (tmp_path / "out" / "learnt-ranks.md").read_text()
+    assert "Numerical rank misleads" in text
+    assert "SNELLA is left out" in text
+    ranks = pd.read_csv(tmp_path / "out" / "learnt-ranks.csv")
+    for label, percent in (("SNELL, sparsity=0", 100), ("SNELL, sparsity=0.5", 50)):
+        mean = ranks.loc[ranks["label"] == label, "nonzero_percent"].mean()
+        assert mean == pytest.approx(percent, abs=0.3)  # one entry at the threshold is zero
+    assert pd.read_csv(tmp_path / "out" / "learnt-allocation.csv")["nonzero_percent"].tolist() == [75.0]
+    memory_only = write_study(tmp_path / "learnt", tmp_path / "memory", memory_only=True)
+    assert not [path for path in memory_only if "ranks" in path.name or "allocation" in path.name]

@@ -8,7 +8,7 @@ import pytest
 from synthetic_runs import WriteRun
 
 from analysis.load import load_runs
-from analysis.tables import columns, comparison, display, latex, markdown, print_table, write_tables
+from analysis.tables import columns, comparison, display, filled, latex, markdown, print_table, size, write_tables
 
 
 @pytest.fixture
@@ -67,6 +67,40 @@ def test_the_status_column_is_left_out_where_all_is_well(table: pd.DataFrame) ->
     assert "Top-1 %" not in without
 
 
+def test_memory_categories_that_hold_nothing_are_left_out(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("lora", 0, peak_mib=(1.0, 0.0, 3.0, 4.0, 5.0))
+    # A record of the first schema does not know the newer categories.
+    write_run("snell", 0, peak_mib=(1.0, 0.0, 3.0, 4.0, 5.0), memory={"peak": {"total_bytes": 13 * 2**20}})
+    table = comparison(load_runs([tmp_path]))
+    assert [name for name, _ in filled(table)] == ["parameters", "optimizer", "activations", "temporary"]
+    headings = [column.heading for column in columns(table, "top1")]
+    assert headings[4:9] == ["Peak MiB", "Parameters", "Optimizer", "Activations", "Temporary"]
+
+
+def test_what_was_predicted_is_no_part_of_a_mean_and_says_so(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("lora", 0)
+    write_run("lora", 1, top1=None, predicted=True, peak_mib=(9.0, 9.0, 9.0, 9.0, 9.0))
+    write_run("lora", 2, top1=None, predicted=True, status="oom")
+    table = comparison(load_runs([tmp_path]))
+    assert table[["predicted", "status", "n"]].values.tolist() == [
+        [False, "ok", 1],
+        [True, "ok", 1],
+        [True, "oom", 1],
+    ]
+    assert list(table["peak_total_mib"]) == [15.0, 45.0, 15.0]
+    texts = display(table, columns(table, "top1"))
+    assert list(texts["Source"]) == ["measured", "predicted", "predicted"]
+    measured = table.loc[~table["predicted"]]
+    assert "Source" not in [column.heading for column in columns(measured, "top1")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.0"), (0.394, "0.39"), (1.0, "1.0"), (99.94, "99.9"), (1234.5, "1,234")]
+)
+def test_sizes_have_digits_enough_to_tell_them_apart(value: float, text: str) -> None:
+    assert size(value) == text
+
+
 def test_markdown_is_a_table_of_equal_rows(table: pd.DataFrame) -> None:
     shown = columns(table, "top1")
     texts = display(table, shown)
@@ -87,6 +121,25 @@ def test_latex_is_escaped(table: pd.DataFrame) -> None:
     assert r"Top-1 \%" in lines[3]
     assert lines[5].startswith(r"50\%\_of\textasciitilde{}\{x\}\textbackslash{} & 2.50 & 90.0 $\pm$ 2.0")
     assert lines[1] == r"\begin{tabular}{lrrrlrrrrrrrr}"
+
+
+def test_latex_has_the_characters_that_its_first_encoding_lacks(table: pd.DataFrame) -> None:
+    shown = columns(table, "top1")
+    texts = display(table, shown)
+    texts.loc[0, "Method"] = "<0.001 > a|b → 2×3 ± 1 – 2"
+    line = latex(texts, shown).splitlines()[5]
+    assert line.startswith(r"$<$0.001 $>$ a$|$b $\to$ 2$\times$3 $\pm$ 1 -- 2 & ")
+
+
+def test_copies_of_a_run_are_no_further_seeds(write_run: WriteRun, tmp_path: Path) -> None:
+    for label, more in (("first", 0.0), ("second", 1.0)):
+        for seed, top1 in enumerate((88.0, 92.0)):
+            write_run("lora", seed, label=label, top1=top1 + more)
+    (row,) = comparison(load_runs([tmp_path])).to_dict("records")
+    assert (row["n"], row["seeds"]) == (2, "0 1")
+    # 88.5 and 92.5: deviations -2 and 2, the sample variance is 8.
+    assert row["score_mean"] == 90.5
+    assert row["score_std"] == pytest.approx(8**0.5)
 
 
 def test_files(table: pd.DataFrame, tmp_path: Path) -> None:

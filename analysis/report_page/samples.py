@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.groups import capitalized, with_labels
 from analysis.load import Row, rows_of
-from analysis.page import Section, photograph
+from analysis.report_page.page import Section, photograph
 
 _DURING_TRAINING = "step-"
 

@@ -1,0 +1,1 @@
+"""What `analysis.compare` is made of: fair groups, paired tests, the Pareto front."""

@@ -1,0 +1,1 @@
+"""What `analysis.report` is made of: the sentences, the page, its plots and its tables."""

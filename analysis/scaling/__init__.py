@@ -1,0 +1,1 @@
+"""What `analysis.memory_scaling` is made of: memory by size and ranks, savings, speed, communication."""

@@ -1,0 +1,1 @@
+"""What training changed: ΔW from the adapters' files, its ranks, and SNELLA's allocation."""
