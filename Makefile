@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo demo-segmentation demo-contrastive demo-generation studies test test-slow test-cluster check format clean
+.PHONY: help setup demo demo-segmentation demo-contrastive demo-generation studies estimates browser test test-slow test-cluster check format clean
 
 help:
 	@echo "make demo       set up, then compare every method on the embedded digits and write runs/demo/report.html"
@@ -11,6 +11,7 @@ help:
 	@echo "make test       set up, then run the tests (make test-slow: the long ones)"
 	@echo "make test-cluster  the launchers on a SLURM cluster of two nodes, made on this machine (installs SLURM; root)"
 	@echo "make check      formatting, lint, types, layers, tests"
+	@echo "make estimates  peak memory of the published models and of some with billions of parameters, by the estimator"
 	@echo "make studies    the kernel, sparsity, initialisation, scale and memory studies, with their pictures"
 	@echo "make format     rewrite the sources as 'make check' wants them"
 
@@ -33,9 +34,28 @@ demo-segmentation demo-contrastive demo-generation: demo-%: $(READY)
 studies: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/studies.sh
 
+# What would fit where, by the estimator: nothing is run, a few minutes.
+estimates: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/estimates.sh
+
+FIND_BROWSER := for program in chromium chromium-browser google-chrome google-chrome-stable; do \
+    command -v $$program >/dev/null && exit 0; done; exit 1
+
 # A module stays on one worker: many share one start of several processes.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not cluster"
+	@marks="not slow and not cluster"; \
+	if ! ( $(FIND_BROWSER) ); then \
+	    marks="$$marks and not browser"; \
+	    echo "No Chromium here: the report is not tested in a browser. 'make browser' installs it on Debian (root)."; \
+	fi; \
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "$$marks"
+
+# Chromium for the tests of the report; fails where it cannot be had.
+browser:
+	@( $(FIND_BROWSER) ) && exit; \
+	echo "Installing Chromium"; \
+	apt-get update -q || echo "apt-get update failed: trying with the lists that are here" >&2; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium
 
 # A real SLURM cluster of two nodes, torchrun's and DeepSpeed's launchers, Kubeflow's schema: some minutes, as root.
 test-cluster: $(READY) build/kubeflow

@@ -8,6 +8,8 @@ study() { # NAME [option of analysis.studies …]
     python -m analysis.studies "runs/studies/$1" --output "runs/studies/$1" "${@:2}"
 }
 study memory --memory-only # accuracy means nothing after ten steps from random weights
+snell-scale estimate configs/studies/memory.yaml --target cpu --jobs "${JOBS:-2}" --output runs/studies/estimates
+python -m analysis.memory_scaling runs/studies/memory runs/studies/estimates --output runs/studies/memory-scaling
 study kernels
 study sparsity
 study initialisation

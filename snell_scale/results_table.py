@@ -26,7 +26,7 @@ def print_results(results: list[Result]) -> None:
             escape(result.name),
             result.status,
             *(_figure(result.metrics.get(split, {}).get(name), digits) for split in ("validation", "test")),
-            _figure(result.trainable_parameters, ",d"),
+            _figure(result.num_trainable_params, ",d"),
             _figure(peak.get("total_bytes", 0) / 2**20 or None, ".1f"),
             _figure(speed, ",.0f"),
         )

@@ -208,7 +208,7 @@ def test_a_vtab_task_assembles_on_a_small_tree(tmp_path: Path, method: str) -> N
     assert len(parts.data.class_names) == 4
     assert parts.data.train[0, 0]["image"].shape == (3, 16, 16)
     assert parts.task.metric == "top1"
-    assert 0 < parts.trainable_parameters < parts.total_parameters
+    assert 0 < parts.num_trainable_params < parts.num_total_params
 
 
 def test_dense_snella_has_its_kernel_and_no_competition(tmp_path: Path) -> None:

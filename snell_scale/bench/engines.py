@@ -188,7 +188,7 @@ def _figures(results: Sequence[Result]) -> dict[str, float]:
     figures = {
         "processes": first.world_size,
         "images_per_s": statistics.median(rates),
-        "gradient_bytes": _BYTES_OF_A_GRADIENT * (first.trainable_parameters or 0),
+        "gradient_bytes": _BYTES_OF_A_GRADIENT * (first.num_trainable_params or 0),
     }
     return figures | {
         key: communication[key] for key in ("payload_bytes", "wire_bytes_per_rank") if key in communication
