@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 COMPONENT_KINDS = ("model", "data", "task", "method", "engine")
+# Every engine has these, and they are the run's as much as the engine's: they outlive a change of engine.name.
+SHARED_ENGINE_KEYS = frozenset({"device", "precision", "frozen_dtype", "cpu_threads", "timeout_seconds"})
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -71,23 +73,26 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _deep_merge(base: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:
-    """`delta` over `base`. A section whose `name` changes starts afresh: options of another component are void.
-
-    The method section is the exception: what its methods share (rank, targets) outlives a change of name.
-    """
+    """`delta` over `base`. Where a section's `name` changes, options of the other component are void."""
     merged = dict(base)
     for key, value in delta.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            renamed = (
-                key in COMPONENT_KINDS
-                and key != "method"
-                and value.get("name", old.get("name")) != old.get("name")
-            )
-            merged[key] = dict(value) if renamed else _deep_merge(old, value)
+            is_renamed = key in COMPONENT_KINDS and value.get("name", old.get("name")) != old.get("name")
+            merged[key] = _deep_merge(_outliving(key, old) if is_renamed else old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _outliving(kind: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a section holds for another component too: all of a method's (rank, targets), for `variants` tell
+    methods apart, what all engines share, and nothing of the others.
+    """
+    if kind == "method":
+        return section
+    shared = SHARED_ENGINE_KEYS if kind == "engine" else ()
+    return {key: section[key] for key in shared if key in section}
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ import yaml
 
 from snell_scale import registry
 from snell_scale.config import Config, json_schema, load_config, to_dict
-from snell_scale.config_sources import parse_value
+from snell_scale.config_sources import SHARED_ENGINE_KEYS, parse_value
 
 TRANSFER = Path(__file__).parent.parent / "configs" / "demo" / "transfer.yaml"
 
@@ -55,6 +55,33 @@ def test_one_field_switches_the_method_and_keeps_what_is_shared() -> None:
     assert lora.method.r == load(TRANSFER).method.r
     assert not hasattr(lora.method, "sparsity")
     assert load(TRANSFER, "method.sparsity=0.5").method.sparsity == 0.5  # an override beats the variant
+
+
+@pytest.mark.parametrize("name", registry.names("engine"))
+def test_one_field_switches_the_engine_and_keeps_what_engines_share(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "half.yaml"
+    shared = "{device: cpu, precision: bf16, frozen_dtype: bf16, cpu_threads: 1, timeout_seconds: 77}"
+    path.write_text(f"extends: {TRANSFER}\nengine: {shared}\n")
+    engine = load(path, f"engine.name={name}").engine
+    assert engine.name == name
+    assert (engine.device, engine.precision, engine.frozen_dtype) == ("cpu", "bf16", "bf16")
+    assert (engine.timeout_seconds, engine.cpu_threads) == (77, 1)
+    # Its own settings do not follow to another engine.
+    path.write_text(f"extends: {TRANSFER}\nengine: {{name: deepspeed, zero_stage: 3}}\n")
+    assert hasattr(load(path, f"engine.name={name}").engine, "zero_stage") == (name == "deepspeed")
+
+
+def test_what_engines_share_is_what_they_all_have() -> None:
+    classes = [registry.config_class("engine", name) for name in registry.names("engine")]
+    shared = set[str].intersection(*(set(cls.model_fields) for cls in classes))
+    assert shared - {"name"} == SHARED_ENGINE_KEYS
+
+
+def test_a_change_of_the_model_voids_the_models_settings(tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(f"extends: {TRANSFER}\nmodel: {{name: open_clip, architecture: ViT-B-16}}\n")
+    assert load(path).model.weights is None
+    assert load(TRANSFER).model.weights is not None
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path) -> None:
