@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparison.fairness import FIELDS, field_texts
+from analysis.comparison.significance import ALPHA, smallest_flip_p
 from analysis.groups import SETTINGS, metric_name, metric_of, varied_keys, with_labels
 from analysis.load import rows_of
 from analysis.rows import Row
@@ -126,7 +127,7 @@ def _reservations(best: Row, others: Sequence[Row], better_of_fewer: Sequence[Ro
             f"{_listed(near)} {verb} with it (mean ± std): these runs do not settle the order among them."
         )
     elif others and not better_of_fewer:
-        told.append("No other mean ± std overlaps with it.")
+        told.append(f"No other mean ± std overlaps with it{_too_few(best)}.")
     return told
 
 
@@ -152,7 +153,7 @@ def _score_difference(row: Row, other: Row, metric: str) -> str:
     amount = number(abs(difference), digits=1 if max(row["score_mean"], other["score_mean"]) >= 10 else 3)
     points = "points " if "%" in metric_name(metric) else ""
     found = f"{amount} {points}{'higher' if difference > 0 else 'lower'}" if float(amount) else "no difference"
-    spread = "do not overlap"
+    spread = f"do not overlap{_too_few(min(row, other, key=lambda each: each['n']))}"
     if math.isnan(row["score_std"]) or math.isnan(other["score_std"]):
         spread = "unknown: one seed"
     elif _overlap(row, other):
@@ -263,6 +264,11 @@ def _overlap(row: Row, other: Row) -> bool:
     """Whether the intervals mean ± std touch; an unknown spread counts as none."""
     spread = sum(0.0 if math.isnan(r["score_std"]) else r["score_std"] for r in (row, other))
     return abs(row["score_mean"] - other["score_mean"]) <= spread
+
+
+def _too_few(row: Row) -> str:
+    """The reservation that no test of so many seeds could come out below 0.05."""
+    return f", but {row['n']} seeds are too few for a test" if smallest_flip_p(row["n"]) > ALPHA else ""
 
 
 def _shown_mean(row: Row) -> str:
