@@ -19,6 +19,8 @@ from snell_scale.tuners.snell import SnellLayer
 
 TRANSFORMER = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+DAVIT = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]}
+CROSSVIT = {"embed_dim": [8, 16], "depth": [[1, 1, 0]], "num_heads": [2, 2], "mlp_ratio": [2, 2, 1]}
 
 # architecture → (arguments, pixels, matrices adapted, fused_groups)
 FAMILIES: dict[str, tuple[dict[str, Any], int, int, dict[str, int]]] = {
@@ -42,6 +44,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int, dict[str, int]]] = {
     "convnext_base": ({"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}, 64, 5 * 2 + 3, {}),
     "convnextv2_base": ({"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}, 64, 5 * 2 + 3, {}),
     "test_resnet": ({}, 64, 12, {}),
+    # one number for its patches' size; two blocks of class attention with q, k and v apart
+    "xcit_nano_12_p16_224": (TRANSFORMER, 32, 2 * 6 + 2 * 6, {"qkv": 3}),
+    # without the convolutions between its stages, whose kernel_size it reads
+    "davit_tiny": (DAVIT, 64, 8 * 6, {"qkv": 3}),
+    # two branches with a classifier each
+    "crossvit_9_240": (CROSSVIT, 240, 2 * 6 + 2 * (1 + 4 + 1), {"qkv": 3}),
+    # without the tables of its gated positions
+    "convit_tiny": ({**TRANSFORMER, "local_up_to_layer": 1}, 32, 2 * 6, {"qk": 2, "qkv": 3}),
 }
 
 

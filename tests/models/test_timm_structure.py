@@ -61,6 +61,10 @@ def test_vit_base() -> None:
         ("eva02_enormous_patch14_clip_224", 224, 64, 256, ("head",)),
         # without the MLPs that make its tables of position biases
         ("swinv2_base_window8_256", 256, 24, 99, ("head.fc",)),
+        # lists of classifiers, one per branch; a second one whose scores are added to the first's
+        ("crossvit_9_240", 240, 3, 3 * (4 * 4 + 2 + 2 * 4 + 2), ("head.0", "head.1")),
+        # … after 4 blocks of outlook attention, a convolution, 14 of self-attention, 2 of class attention
+        ("volo_d1_224", 224, 20, 4 * 5 + 1 + 14 * 4 + 2 * 5, ("aux_head", "head")),
     ],
 )
 def test_other_families(

@@ -26,7 +26,7 @@ from snell_scale.models.segmentation.features import (
     takes_any_size,
 )
 from snell_scale.models.timm.config import TimmConfig
-from snell_scale.models.timm.structure import bundle_of
+from snell_scale.models.timm.structure import bundle_of, patch_size
 from snell_scale.models.timm.weights import load_timm_weights
 
 DecoderName = Literal["linear", "setr_pup", "upernet"]
@@ -245,7 +245,7 @@ class SegmentationModel(nn.Module):
         return logits, tuple(resized(part, size) for part in self.auxiliary(maps))
 
     def _check_size(self, size: torch.Size) -> None:
-        height, width = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None) or (1, 1)
+        height, width = patch_size(self.backbone)
         if size[0] % height or size[1] % width:
             raise ValueError(
                 f"an image of {size[0]}x{size[1]} pixels cannot be cut into patches of {height}x{width}; "

@@ -14,7 +14,7 @@ from snell_scale.config import StrictModel
 from snell_scale.interfaces import InputSpec, ModelBundle, Preprocessing
 from snell_scale.models.timm import names as timm_names
 from snell_scale.models.timm.names import EXPLICIT, OWN_ARGUMENTS
-from snell_scale.models.timm.structure import bundle_of
+from snell_scale.models.timm.structure import bundle_of, patch_size
 from snell_scale.models.timm.weights import load_timm_weights, recipe_of
 from snell_scale.models.weight_files.reading import check_weights
 
@@ -184,7 +184,7 @@ class TimmConfig(StrictModel):
 
 def _check_patches(module: nn.Module, input_spec: InputSpec) -> None:
     """Pixels that fill no whole patch would be dropped without a word."""
-    height, width = getattr(getattr(module, "patch_embed", None), "patch_size", None) or (1, 1)
+    height, width = patch_size(module)
     if input_spec.height % height or input_spec.width % width:
         raise ValueError(
             f"the model's {height}x{width} patches do not divide the data's "

@@ -9,7 +9,10 @@ from snell_scale.interfaces import InputSpec, ModelBundle
 from snell_scale.models.module_names import outermost, pattern_of
 
 # timm's names for the unit that is repeated: Block, SwinTransformerBlock, BasicBlock, Bottleneck, …
-_BLOCK_CLASS = re.compile(r"(Block|BlockPostNorm|Bottleneck|InvertedResidual|DepthwiseSeparableConv)$")
+_BLOCK_CLASS = re.compile(
+    r"(Block(\d+|\dd)?|BlockPostNorm|Bottleneck|Bottle2neck|InvertedResidual|DepthwiseSeparableConv"
+    r"|(PreAct|Dla|SelectiveKernel)Basic|^Transformer(Layer)?|Outlooker|Inception[A-E]|Cell)$"
+)
 
 # timm's files whose `qkv`, `kv` and `qk` layers hold whole matrices, one above the other. In others (TinyViT,
 # EfficientFormer, LeViT, MaxViT) the rows of q, k and v alternate head by head, or their sizes differ.
@@ -17,7 +20,9 @@ _STACKED_IN = (
     r"(beit|cait|coat|convit|davit|edgenext|eva|fastvit|hiera|hieradet_sam2|metaformer|mvitv2|nest|pvt_v2|tnt|twins"
     r"|swin_transformer(_v2|_v2_cr)?|vision_transformer_(relpos|sam)|volo|xcit|attention|attention_pool)"
 )
-_POSITION_BIASES = {"cpb_mlp", "meta_mlp", "rel_pos", "pos_embed"}
+_POSITION_BIASES = {"cpb_mlp", "meta_mlp", "rel_pos", "pos_embed", "pos_proj"}
+# (timm's file, class) of modules that read their convolution's kernel_size, which an adapter's layer has not.
+_READS_ITS_CONV = {("davit", "Downsample")}
 _STACKED = {"qkv": 3, "kv": 2, "qk": 2}
 
 
@@ -26,9 +31,9 @@ def bundle_of(module: nn.Module, input_spec: InputSpec) -> ModelBundle:
 
     Targets are the linear layers and ungrouped convolutions other than the stem (patch embedding) and the
     head. Left out are also convolutions whose class changes the weight before its use (weight standardisation,
-    TensorFlow's padding), which no delta could follow, and the small MLPs that make tables of position biases (a
-    row per head: fewer than most ranks). Groups: "all", "linear", "attention" (below a module named attn), "mlp"
-    (below one named mlp).
+    TensorFlow's padding), which no delta could follow, those whose attributes the model reads (DaViT's
+    downsampling), and the small layers that make tables of position biases (a row per head: fewer than most
+    ranks). Groups: "all", "linear", "attention" (below a module named attn), "mlp" (below one named mlp).
 
     fused_groups has every layer that stacks matrices of equal size: qkv (3), the kv of attention pools and
     spatial reductions (2), and fc1 of packed gated MLPs (2: DINOv2-g's SwiGLU), whose gate and value are two
@@ -59,6 +64,12 @@ def bundle_of(module: nn.Module, input_spec: InputSpec) -> ModelBundle:
     )
 
 
+def patch_size(module: nn.Module) -> tuple[int, int]:
+    """(height, width) of the patches that a timm model cuts an image into; (1, 1) of one that cuts none."""
+    found = getattr(getattr(module, "patch_embed", None), "patch_size", None) or 1
+    return tuple(found) if isinstance(found, (tuple, list)) else (found, found)
+
+
 def call_every_layer(module: nn.Module) -> None:
     """Make EVA's, BEiT's and Swin-V2's attention call its fused qkv layer. In place; same outputs.
 
@@ -72,7 +83,13 @@ def call_every_layer(module: nn.Module) -> None:
 
 def _head_modules(module: nn.Module) -> tuple[str, ...]:
     classifier = cast(Any, module).get_classifier()  # of every timm model, but of no type it declares
-    classifiers = classifier if isinstance(classifier, tuple) else (classifier,)
+    classifiers = [*(classifier if isinstance(classifier, tuple) else (classifier,))]
+    # VOLO's second classifier: its scores are added to the first's.
+    classifiers += [child for name, child in module.named_children() if name == "aux_head"]
+    # CrossViT has a classifier per branch, in a list; peft keeps copies of modules that are called only.
+    lists = [child for child in classifiers if isinstance(child, nn.ModuleList)]
+    classifiers += [child for each in lists for child in each]
+    classifiers = [child for child in classifiers if not any(child is each for each in lists)]
     return tuple(
         name for name, child in module.named_modules() if name and any(child is one for one in classifiers)
     )
@@ -81,7 +98,14 @@ def _head_modules(module: nn.Module) -> tuple[str, ...]:
 def _targets(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
     layers = {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d))}
     stem = next((name for name, child in layers.items() if isinstance(child, nn.Conv2d)), "")
-    names = [name for name, child in layers.items() if _is_adaptable(name, child) and name not in heads]
+    below = tuple(f"{head}." for head in heads)
+    names = [
+        name
+        for name, child in layers.items()
+        if _is_adaptable(name, child)
+        and not f"{name}.".startswith(below)
+        and _kind(module.get_submodule(name.rpartition(".")[0])) not in _READS_ITS_CONV
+    ]
     root = stem.split(".")[0]
     outside = [name for name in names if name.split(".")[0] != root]
     # Where stem and body live in one container (VGG's features), only the first convolution is the stem.
@@ -114,8 +138,12 @@ def _num_stacked(module: nn.Module, name: str) -> int:
         return 1
     if type(parent).__name__ == "GluMlp" and own_name == "fc1":
         return 2
-    file = type(parent).__module__.rpartition(".")[2]
-    return _STACKED.get(own_name, 1) if re.fullmatch(_STACKED_IN, file) else 1
+    return _STACKED.get(own_name, 1) if re.fullmatch(_STACKED_IN, _kind(parent)[0]) else 1
+
+
+def _kind(module: nn.Module) -> tuple[str, str]:
+    """(the file that defines it, its class), by name."""
+    return type(module).__module__.rpartition(".")[2], type(module).__name__
 
 
 def _ending(names: list[str], end: str) -> list[str]:
