@@ -144,8 +144,10 @@ class TorchEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None and self._frozen_dtype is torch.float32:
             return nullcontext()
-        # bf16 weights beside fp32 activations need autocast too: it reconciles the two in every product.
-        return torch.autocast(self.device.type, dtype=self._autocast_dtype or self._frozen_dtype)
+        # bf16 weights beside fp32 activations need autocast too: it reconciles the two in every product. Its
+        # cache would keep a copy of every trained weight until the forward ends, even of those FSDP2 has freed.
+        dtype = self._autocast_dtype or self._frozen_dtype
+        return torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
 
     def microbatch(self, *, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
