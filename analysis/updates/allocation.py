@@ -14,12 +14,14 @@ from analysis.drawing import WIDTH_INCHES, Picture
 from analysis.groups import with_labels
 from analysis.load import rows_of
 from analysis.tables import number
-from analysis.updates.layers import block_of, kind_of
+from analysis.updates.layers import block_of, kind_of, stage_of
 from snell_scale.records import read_steps
 
 _KEY = "sparsity/"
 _MOST_RUNS = 3  # one heat map below the other
-_MOST_NAMED = 30  # matrices that are named one by one; of more, the blocks are
+_MOST_NAMED = 30  # matrices that are named one by one; of more, the stages are
+_ROW_INCHES, _MOST_INCHES = 0.13, 4.2  # of a heat map
+_NAME_INCHES = 0.12  # that two names are apart at least
 _SHARES = (0, 0.01, 0.1, 0.25, 0.5, 1)
 
 
@@ -62,7 +64,7 @@ def allocation_picture(table: pd.DataFrame, *, name: str = "allocation") -> Pict
     grids = {label: _grid(table.loc[table["label"] == label]) for label in labels[:_MOST_RUNS]}
 
     def draw() -> Figure:
-        heights = [0.5 + min(0.13 * len(grid), 4.2) for grid in grids.values()]
+        heights = [0.5 + _grid_inches(grid) for grid in grids.values()]
         figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.9), layout="constrained")
         panels = figure.subplots(len(grids), squeeze=False, height_ratios=heights).flatten()
         meshes = [_draw_grid(axes, grid) for axes, grid in zip(panels, grids.values(), strict=True)]
@@ -98,7 +100,11 @@ def _grid(table: pd.DataFrame) -> pd.DataFrame:
     grid = table.pivot(index=["layer", "index"], columns="step", values="nonzero_percent")
     grid = grid.loc[list(rows.itertuples(index=False, name=None))] / 100
     words = table.drop_duplicates(["layer", "index"])
-    return grid.set_axis(pd.MultiIndex.from_arrays([words["block"], words["matrix"]]), axis=0)
+    return grid.set_axis(pd.MultiIndex.from_arrays([words["layer"].map(stage_of), words["matrix"]]), axis=0)
+
+
+def _grid_inches(grid: pd.DataFrame) -> float:
+    return min(_ROW_INCHES * len(grid), _MOST_INCHES)
 
 
 def _draw_grid(axes: Axes, grid: pd.DataFrame) -> QuadMesh:
@@ -120,11 +126,23 @@ def _draw_grid(axes: Axes, grid: pd.DataFrame) -> QuadMesh:
     if len(names) <= _MOST_NAMED:
         axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6.5)
     else:
-        blocks = [str(block) for block, _ in grid.index]
-        first = [index for index, block in enumerate(blocks) if index == 0 or block != blocks[index - 1]]
-        axes.set_yticks(first, [blocks[index] for index in first], fontsize=6.5)
+        rows = _named_rows(grid)
+        axes.set_yticks(rows, [grid.index[row][0] for row in rows], fontsize=6.5)
     axes.tick_params(axis="y", length=0)
     return mesh
+
+
+def _named_rows(grid: pd.DataFrame) -> list[int]:
+    """Where stages begin; of two whose names would overlap the one of more matrices."""
+    stages = [stage for stage, _ in grid.index]
+    starts = [row for row, stage in enumerate(stages) if row == 0 or stage != stages[row - 1]]
+    sizes = np.diff([*starts, len(stages)])
+    apart = _NAME_INCHES * len(stages) / _grid_inches(grid)
+    named: list[int] = []
+    for _, row in sorted(zip(-sizes, starts, strict=True)):
+        if all(abs(row - other) >= apart for other in named):
+            named.append(row)
+    return sorted(named)
 
 
 def _told(grid: pd.DataFrame) -> str:

@@ -20,6 +20,12 @@ def block_of(layer: str) -> str | None:
     return None if found is None else found[0]
 
 
+def stage_of(layer: str) -> str:
+    """Where it is in a few words: up to its first number ("down_blocks.2", "blocks.3"), or its name."""
+    found = re.match(r".*?\.\d+(?=\.|$)", layer)
+    return layer if found is None else found[0]
+
+
 def kind_of(layer: str, index: int, count: int) -> str:
     """ "attn.q" of "blocks.3.attn.qkv", index 0 of 3: what the matrices at one place of every block share."""
     rest = layer.removeprefix(block_of(layer) or "").strip(".").replace("base_layer.", "")

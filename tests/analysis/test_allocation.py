@@ -1,5 +1,6 @@
 """SNELLA's recorded allocations as a table and a heat map."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ def test_a_deep_model_is_small_in_a_page(write_run: WriteRun, tmp_path: Path) ->
     picture = allocation_heat_map(load_runs([tmp_path]))
     assert picture is not None
     assert len(as_svg(picture, dark=True)) < 300_000
+
+
+def test_stages_of_a_unet_are_named_without_overlap(write_run: WriteRun, tmp_path: Path) -> None:
+    """Matrices outside of blocks have names too; of two stages nearer than a line of text the larger is named."""
+    layers = ["time_embedding.linear_1", "time_embedding.linear_2"]
+    layers += [f"down_blocks.{n}.resnets.{m}.conv{k}" for n in range(4) for m in range(9) for k in (1, 2)]
+    layers += ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_out"]
+    record_allocations(write_run("snella", 0), {1: {layer: [0.5] for layer in layers}})
+    picture = allocation_heat_map(load_runs([tmp_path]))
+    assert picture is not None
+    figure = picture.draw()
+    figure.draw_without_rendering()
+    ticks = figure.axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in ticks] == [
+        *(f"down_blocks.{n}" for n in range(4)),
+        "mid_block.attentions.0",
+    ]
+    boxes = sorted((tick.get_window_extent() for tick in ticks), key=lambda box: box.y0)
+    assert all(lower.y1 <= upper.y0 for lower, upper in itertools.pairwise(boxes))
 
 
 def test_without_recorded_allocations_there_is_no_picture(write_run: WriteRun, tmp_path: Path) -> None:
