@@ -95,10 +95,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def _start_worker(num_threads: int) -> None:
-    """In the worker: its share of the cores, and the end that comes with the parent's."""
+    """In the worker: its share of the cores, OMP_NUM_THREADS at most, and the end with the parent's."""
     import torch
 
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(min(num_threads, torch.get_num_threads()))
     # A terminal's Ctrl-C reaches every process; the parent alone decides, and sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
