@@ -83,7 +83,7 @@ def evaluate(run: Training, split: Dataset[Batch]) -> dict[str, float]:
     """The task's metrics on a whole split, every sample counted once; averaged weights where there are some."""
     was_training = run.model.training
     run.model.eval()
-    with averaged(run), torch.no_grad(), run.engine.autocast():
+    with run.probe.allocator.leaving_out(), averaged(run), torch.no_grad(), run.engine.autocast():
         evaluation = run.task.evaluation(run.model, split)
         for batch, counts in _share(run, split):
             run.engine.ranks.beat(run.step)
@@ -96,7 +96,7 @@ def show(run: Training, split: Dataset[Batch], *, prefix: str = "") -> None:
     """Write the task's pictures of the split into the run's folder; averaged weights where there are some."""
     was_training = run.model.training
     run.model.eval()
-    with averaged(run), torch.no_grad(), run.engine.autocast():
+    with run.probe.allocator.leaving_out(), averaged(run), torch.no_grad(), run.engine.autocast():
         pictures = run.task.pictures(run.model, split)
     run.model.train(was_training)
     run.engine.ranks.first(lambda: write_pictures(run.folder / "pictures", pictures, prefix=prefix))

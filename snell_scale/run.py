@@ -194,7 +194,7 @@ def _final_metrics(training: Training) -> dict[str, dict[str, float]]:
     training.averages = None  # the best weights are averages already, where averages were asked for
     validation, test = evaluate(training, training.data.validation), evaluate(training, training.data.test)
     training.model.eval()
-    with torch.no_grad(), training.engine.autocast():
+    with training.probe.allocator.leaving_out(), torch.no_grad(), training.engine.autocast():
         test |= training.task.test_metrics(training.model, training.data)
     return {"validation": validation, "test": test}
 
@@ -221,7 +221,8 @@ def _measure_evaluation(training: Training) -> None:
     batch = next(iter(evaluation_batches(training.data.validation, training.config.evaluation.batch_size)))
     training.model.eval()
     # Of the ranks each takes the same batch: where weights are sharded, a forward takes all ranks.
-    with training.probe, training.probe.phase("evaluate"), torch.no_grad(), training.engine.autocast():
+    probe, autocast = training.probe, training.engine.autocast()
+    with probe.allocator.leaving_out(), probe, probe.phase("evaluate"), torch.no_grad(), autocast:
         evaluation = training.task.evaluation(training.model, training.data.validation)
         evaluation.add(training.model, training.engine.move(batch))
     training.model.train()

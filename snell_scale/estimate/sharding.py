@@ -11,7 +11,8 @@ frozen ones. DeepSpeed's own estimators (`estimate_zero3_model_states_mem_needs`
   T of gradients, stage 2 T/N
 - stage 3: (T+F)/N of weights, but what is no larger than the largest bias or norm whole, and two blocks gathered;
   T/N of gradients all the time, one bucket from backward on, and a flat copy in the step
-With offload_optimizer the 3T/N are on the host, with offload_parameters the shards of the weights.
+With offload_optimizer the 3T/N are on the host, and so are the T/N of gradients and their flat copy; with
+offload_parameters the shards of the weights.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ def _changed(memory: dict[str, Any], changes: dict[str, Change]) -> dict[str, An
 
 def _zero(engine: DeepSpeedConfig, sizes: "_Sizes", *, accumulates: bool) -> dict[str, Change]:
     if engine.offload_optimizer:
-        sizes = replace(sizes, optimizer=0)
+        sizes = replace(sizes, optimizer=0, gradients=0)
     if engine.zero_stage == 3:
         shards = 0 if engine.offload_parameters else sizes.weight_shards
         kept = shards + sizes.persistent - sizes.weights

@@ -1,6 +1,8 @@
 """The counters of CUDA's caching allocator over a run: what was reserved beside allocated, retries, fragments."""
 
+import contextlib
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,8 +40,21 @@ class AllocatorMeter:
             self._keep_peaks()
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """What is allocated inside is no part of the report: an evaluation's batch has a size of its own.
+
+        What it leaves in the allocator's cache is reserved from then on, and counts as that.
+        """
+        self.reset_peaks()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self._device)
+
     def report(self) -> dict[str, Any] | None:
-        """Since this meter was made; None where its device is no CUDA device.
+        """Since this meter was made, without evaluations; None where its device is no CUDA device.
 
         accelerator_memory_max, accelerator_memory_reserved_avg and accelerator_memory_reserved_99th as in PEFT's
         method_comparison: the largest reserved, and mean and 99th percentile over the steps (None before one).

@@ -137,8 +137,9 @@ class MemoryProbe:
         Evaluation is no part of the peak while a training phase was measured: its batch has a size of its own.
 
         entry: total_bytes and its exact split at that instant, `<category>_bytes`; on CUDA also the phase's
-        own peaks allocated_bytes and reserved_bytes, and nvml_used_bytes at its end (the whole device's, all
-        processes; None without a driver).
+        own peaks allocated_bytes, active_bytes (with what was freed and still waits for a stream) and
+        reserved_bytes, and nvml_used_bytes at its end (the whole device's, all processes; None without a
+        driver): the driver keeps no peak, and memory that the allocator reserved it keeps.
         """
         of_training = [name for name in self._phases if name in _TRAINING_PHASES]
         name = max(of_training or self._phases, key=lambda name: self._phases[name]["total_bytes"])
@@ -185,10 +186,12 @@ class MemoryProbe:
         cuda = torch.cuda
         allocated = cuda.max_memory_allocated(self.device) if peak else cuda.memory_allocated(self.device)
         reserved = cuda.max_memory_reserved(self.device) if peak else cuda.memory_reserved(self.device)
+        active = cuda.memory_stats(self.device).get(f"active_bytes.all.{'peak' if peak else 'current'}", 0)
         unseen = max(0, allocated - sum(split.values()))
         return {
             **_entry_of({**split, "unexplained": unseen}),
             "allocated_bytes": allocated,
+            "active_bytes": active,
             "reserved_bytes": reserved,
             "nvml_used_bytes": nvml.used_bytes(self.device),
         }

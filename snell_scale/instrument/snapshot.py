@@ -13,15 +13,17 @@ _FUNCTIONS = ("_record_memory_history", "_dump_snapshot")
 
 
 class MemorySnapshot:
-    """Writes memory_snapshot.pickle after the measured step, and where memory runs out.
+    """Writes memory_snapshot.pickle after the measured step, memory_snapshot-oom.pickle where memory runs out.
+
+    After the measured step no stacks are recorded: of a later end the blocks are known, and those of before.
 
     pytorch.org/memory_viz shows it. Where there is no CUDA allocator, or a torch without these functions, which
     are private there, it says so once and does nothing.
     """
 
     def __init__(self, device: torch.device, folder: Path, *, rank: int = 0, world_size: int = 1) -> None:
-        name = "memory_snapshot.pickle" if world_size == 1 else f"memory_snapshot-rank{rank}.pickle"
-        self._path = folder / name
+        self._folder = folder
+        self._rank = "" if world_size == 1 else f"-rank{rank}"
         self._device = device
         self._works = device.type == "cuda" and all(hasattr(torch.cuda.memory, each) for each in _FUNCTIONS)
         if not self._works and rank == 0:
@@ -38,7 +40,7 @@ class MemorySnapshot:
             yield
         except torch.OutOfMemoryError:
             # Here the frames that ran out of memory are still alive, and what they hold with them.
-            self._dump()
+            self._dump("-oom")
             raise
         finally:
             torch.cuda.memory._record_memory_history(None)
@@ -49,9 +51,10 @@ class MemorySnapshot:
             self._dump()
             torch.cuda.memory._record_memory_history(None)
 
-    def _dump(self) -> None:
+    def _dump(self, moment: str = "") -> None:
+        path = self._folder / f"memory_snapshot{moment}{self._rank}.pickle"
         try:
-            torch.cuda.memory._dump_snapshot(str(self._path))
+            torch.cuda.memory._dump_snapshot(str(path))
         except OSError as error:  # it must not end a run, nor hide that memory ran out
             print(f"no memory snapshot: {error}", file=sys.stderr)
 

@@ -79,6 +79,20 @@ def test_peaks_survive_a_reset_and_reserved_is_followed_step_by_step(monkeypatch
     assert (meter.report() or {})["accelerator_memory_max"] == 4000
 
 
+def test_an_evaluation_raises_no_peak_but_what_it_leaves_reserved(monkeypatch: pytest.MonkeyPatch):
+    allocator = Allocator(monkeypatch)
+    meter = AllocatorMeter(CUDA)
+    allocator.hold(2000, 1800, 100)
+    allocator.hold(2000, 500, 0)
+    with meter.leaving_out():
+        allocator.hold(9000, 8000, 700)
+        allocator.hold(3000, 500, 0)  # it keeps a cache
+    report = meter.report() or {}
+    assert report["allocated_peak_bytes"] == 1800
+    assert report["inactive_split_peak_bytes"] == 100
+    assert report["accelerator_memory_max"] == 3000
+
+
 def test_before_the_first_step_there_is_no_average(monkeypatch: pytest.MonkeyPatch):
     Allocator(monkeypatch)
     report = AllocatorMeter(CUDA).report() or {}

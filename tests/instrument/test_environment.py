@@ -55,10 +55,12 @@ def test_record_is_plain_data_with_the_versions_that_are_installed():
 def test_absent_packages_and_unset_variables_are_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package-of-ours"))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TIMM_FUSED_ATTN", "0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     record = collect_environment(CPU)
     assert record["packages"]["no-such-package-of-ours"] is None
     assert record["variables"]["OMP_NUM_THREADS"] == "3"
+    assert record["variables"]["TIMM_FUSED_ATTN"] == "0"
     assert record["variables"]["CUDA_VISIBLE_DEVICES"] is None
 
 

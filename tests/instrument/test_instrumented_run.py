@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from snell_scale.config import Config
 from snell_scale.engines.single import SingleEngine
+from snell_scale.instrument.allocator import AllocatorMeter
 from snell_scale.instrument.flops import FlopCounter
 from snell_scale.instrument.memory import MemoryProbe
 from snell_scale.instrument.throughput import StepTimer
@@ -167,10 +169,34 @@ def _counted(flops: FlopCounter | None, part: Callable[[], Any]) -> Any:
         return part()
 
 
-def test_what_runs_between_timed_steps_costs_less_than_a_hundredth_of_one():
-    """The probe and the counters run in the measured step only, which is not timed."""
-    device = torch.device("cpu")
-    timer, probe = StepTimer(device, 0), MemoryProbe(make_mlp())
+def test_nothing_watches_the_timed_steps(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+    """What slows a step, modes that see every operation, runs in the measured one alone, which is not timed."""
+    num_modes: list[int] = []
+    is_timed: list[bool] = []
+    backward, stop = SingleEngine.backward, StepTimer.stop
+
+    def watching(engine: SingleEngine, loss: Tensor) -> None:
+        num_modes.append(len(_get_current_dispatch_mode_stack()))
+        backward(engine, loss)
+
+    def stopping(timer: StepTimer, num_images: int, *, timed: bool = True) -> None:
+        is_timed.append(timed)
+        stop(timer, num_images, timed=timed)
+
+    monkeypatch.setattr(SingleEngine, "backward", watching)
+    monkeypatch.setattr(StepTimer, "stop", stopping)
+    run(tiny("logging.memory_at_step=3"), quiet=True)
+    assert [step for step, count in enumerate(num_modes, 1) if count] == [3]
+    assert [step for step, each in enumerate(is_timed, 1) if not each] == [3]
+    assert len(is_timed) == len(num_modes) > 3
+
+
+def test_what_runs_between_timed_steps_costs_less_than_a_hundredth_of_one(monkeypatch: pytest.MonkeyPatch):
+    """The timer, and a GPU's allocator asked for its counters: some hundred of them in dictionaries."""
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {})
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: _counters())
+    timer, allocator = StepTimer(torch.device("cpu"), 0), AllocatorMeter(torch.device("cuda", 0))
     num_steps = 2000
 
     def seconds() -> float:
@@ -180,9 +206,17 @@ def test_what_runs_between_timed_steps_costs_less_than_a_hundredth_of_one():
                 pass
             timer.start()
             timer.stop(32)
-            probe.allocator.observe()
+            allocator.observe()
         return time.process_time() - began
 
     # The best of several, in this process's own time: others on the machine do not count.
     microseconds = 1e6 * min(seconds() for _ in range(5)) / num_steps
     assert microseconds < 1000 * _STEP_MS / 100
+    assert (allocator.report() or {})["accelerator_memory_reserved_avg"] == 7
+
+
+def _counters() -> dict[str, Any]:
+    """As large as CUDA's: 13 counters, each of 3 pools, in 4 ways."""
+    names = ["reserved_bytes", *(f"counter {number}" for number in range(12))]
+    ways = ("current", "peak", "allocated", "freed")
+    return {name: {pool: dict.fromkeys(ways, 7) for pool in ("all", "small", "large")} for name in names}

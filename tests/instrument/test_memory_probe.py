@@ -227,6 +227,7 @@ def test_compiled_code_stays_compiled_and_its_saved_tensors_are_seen():
 def test_on_cuda_the_allocator_has_the_last_word(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5000)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 8000)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"active_bytes.all.peak": 5600})
     monkeypatch.setattr("snell_scale.instrument.nvml.used_bytes", lambda _: None)
     probe = MemoryProbe(make_mlp())
     probe.device = torch.device("cuda", 0)
@@ -234,6 +235,7 @@ def test_on_cuda_the_allocator_has_the_last_word(monkeypatch: pytest.MonkeyPatch
     entry = probe._entry(dict.fromkeys(MEMORY_CATEGORIES, 0) | seen, peak=True)
     assert split(entry) == {**seen, "unexplained": 5000 - 3100}
     assert entry["total_bytes"] == entry["allocated_bytes"] == 5000
+    assert entry["active_bytes"] == 5600
     assert entry["reserved_bytes"] == 8000
     assert entry["nvml_used_bytes"] is None
 

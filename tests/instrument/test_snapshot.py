@@ -51,7 +51,23 @@ def test_where_memory_runs_out_it_is_written_and_raised(monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError):
         _runs_out(snapshot)
     assert recorder.asked == ["record on cuda:0", "dump", "stop"]
-    assert [path.name for path in tmp_path.iterdir()] == ["memory_snapshot-rank1.pickle"]
+    assert [path.name for path in tmp_path.iterdir()] == ["memory_snapshot-oom-rank1.pickle"]
+
+
+def test_the_measured_step_is_kept_where_memory_runs_out_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    Recorder(monkeypatch)
+    snapshot = MemorySnapshot(CUDA, tmp_path)
+
+    def run_out_after_the_measured_step() -> None:
+        with snapshot.recording():
+            snapshot.take()
+            (tmp_path / "memory_snapshot.pickle").write_bytes(b"the measured step")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_out_after_the_measured_step()
+    assert (tmp_path / "memory_snapshot.pickle").read_bytes() == b"the measured step"
+    assert (tmp_path / "memory_snapshot-oom.pickle").read_bytes() == b"blocks"
 
 
 def test_another_failure_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
