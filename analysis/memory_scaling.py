@@ -27,6 +27,7 @@ _SETTINGS = {
     "microbatch_size": "Microbatch",
     "image_size": "Pixels",
     "frozen_dtype": "Frozen",
+    "fused_attention": "Fused attention",
     "optimizer": "Optimizer",
     "dataset": "Data",
     "task": "Task",

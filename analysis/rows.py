@@ -47,6 +47,7 @@ CONDITIONS = (
     "compile",
     "deterministic",
     "ema_decay",
+    "fused_attention",
     "data_seed",
     "image_size",
     "data",

@@ -40,6 +40,7 @@ def conditions_of(
         "compile": training.compile,
         "deterministic": training.deterministic,
         "ema_decay": training.ema_decay,
+        "fused_attention": _is_attention_fused(),
         "data_seed": config.data_seed,
         "data": _digest(config.data.model_dump(mode="json")),
         "image_size": None if image_size is None else list(image_size),
@@ -50,6 +51,16 @@ def conditions_of(
         **{name: value for name, value in known.items() if value is not None},
         "weights": None if weights is None else Path(weights).name,
     }
+
+
+def _is_attention_fused() -> bool:
+    """Whether timm's attention leaves out its matrices, as TIMM_FUSED_ATTN says: without that, memory is higher.
+
+    Asked of timm, which reads the variable when it is imported: a later change of it changes no model.
+    """
+    from timm.layers import use_fused_attn  # seconds of import that readers of this module should not wait for
+
+    return use_fused_attn()
 
 
 def _digest(section: Mapping[str, Any]) -> str:

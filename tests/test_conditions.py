@@ -1,10 +1,14 @@
 """The conditions of a run: what its config and its machine say, and nothing that is not known."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 
 from snell_scale.attempt import blank_result
 from snell_scale.conditions import conditions_of
@@ -42,6 +46,7 @@ def test_what_the_config_says(tiny: MakeConfig):
         "compile": False,
         "deterministic": False,
         "ema_decay": 0.9,
+        "fused_attention": use_fused_attn(),
         "data_seed": 7,
         "weights": None,
     }
@@ -73,6 +78,31 @@ def test_weights_are_named_without_their_place(tiny: MakeConfig, weights: str | 
     config = tiny()
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": weights})})
     assert conditions_of(config, world_size=1)["weights"] == expected
+
+
+def test_whether_timm_fuses_attention(tiny: MakeConfig):
+    was_fused = use_fused_attn()
+    try:
+        for is_fused in (False, True):
+            set_fused_attn(is_fused)
+            assert conditions_of(tiny(), world_size=1)["fused_attention"] is is_fused
+    finally:
+        set_fused_attn(was_fused)
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("0", "False"), ("1", "True")])
+def test_the_variable_decides_whether_attention_is_fused(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch, variable: str, expected: str
+):
+    monkeypatch.setenv("TIMM_FUSED_ATTN", variable)
+    code = (
+        "import sys; from snell_scale import config, registry; from snell_scale.conditions import conditions_of\n"
+        "found = config.load_config(sys.argv[1], config_class=registry.config_class)\n"
+        "print(conditions_of(found, world_size=1)['fused_attention'])"
+    )
+    command = [sys.executable, "-c", code, str(tiny_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
 
 
 def test_what_the_device_says(tiny: MakeConfig):

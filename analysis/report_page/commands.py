@@ -12,6 +12,7 @@ from analysis.load import Row
 _OUTPUT = "output_dir=again"  # a run is never done over an earlier one
 _VARIABLE = "variables."
 _DEVICES = "CUDA_VISIBLE_DEVICES"  # which were free on that machine says nothing about another one
+_FUSED_ATTENTION = "TIMM_FUSED_ATTN"
 _HASH_DIGITS = 12
 # Condition of an estimate's record → the option that sets it.
 _ESTIMATE_OPTIONS = {"microbatch_size": "--microbatch", "num_classes": "--num-classes", "target": "--target"}
@@ -20,8 +21,8 @@ _ESTIMATE_OPTIONS = {"microbatch_size": "--microbatch", "num_classes": "--num-cl
 def command_of(run: Row, environment: Mapping[str, Any]) -> str | None:
     """The command that makes `run` again, started where it was started; None where it left no config.yaml.
 
-    environment: the run's row of `load_environments`. Variables that change what is computed stand in front.
-    Ranks are started on one machine: a record does not know how many it was.
+    environment: the run's row of `load_environments`; an estimate has none. Variables that change what is
+    computed stand in front. Ranks are started on one machine: a record does not know how many it was.
     """
     config = Path(run["folder"]) / "config.yaml"
     if not config.is_file():
@@ -33,13 +34,15 @@ def command_of(run: Row, environment: Mapping[str, Any]) -> str | None:
         words = ["launch/torchrun.sh", "--nproc-per-node", ranks, str(config), _OUTPUT]
     else:
         words = ["snell-scale", "run", str(config), _OUTPUT]
-    variables = {name.removeprefix(_VARIABLE): value for name, value in environment.items() if _VARIABLE in name}
-    settings = [
-        f"{name}={shlex.quote(value)}"
-        for name, value in variables.items()
-        if isinstance(value, str) and name != _DEVICES
-    ]
+    settings = [f"{name}={shlex.quote(value)}" for name, value in _variables(run, environment).items()]
     return " ".join([*settings, shlex.join(words)])
+
+
+def _variables(run: Row, environment: Mapping[str, Any]) -> dict[str, str]:
+    """Those that were set; that attention kept its matrices is known of an estimate too, from its conditions."""
+    named = {name.removeprefix(_VARIABLE): value for name, value in environment.items() if _VARIABLE in name}
+    were_set = {name: value for name, value in named.items() if isinstance(value, str) and name != _DEVICES}
+    return {_FUSED_ATTENTION: "0", **were_set} if run.get("fused_attention") is False else were_set
 
 
 def _options_of_estimate(run: Row) -> list[str]:

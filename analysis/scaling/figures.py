@@ -30,11 +30,13 @@ _TELL = (
     "gradient_accumulation",
     "image_size",
     "frozen_dtype",
+    "fused_attention",
     "task",
     "dataset",
 )
 _SAID = {
     "activation_checkpointing": "checkpointing",
+    "fused_attention": "fused attention",
     "gradient_accumulation": "accumulation",
     "image_size": "pixels",
 }

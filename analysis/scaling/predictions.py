@@ -10,7 +10,7 @@ from analysis.tables import Column, number
 
 # What both know of a job. An estimate knows no hardware, and says nothing of the allocator.
 _SAME = (
-    "method",
+    "label",  # the method and what of it is varied
     "rank",
     "model",
     "engine",
@@ -22,6 +22,10 @@ _SAME = (
     "frozen_dtype",
     "activation_checkpointing",
     "optimizer",
+    "image_size",
+    "ema_decay",
+    "compile",
+    "fused_attention",
 )
 
 
@@ -38,8 +42,6 @@ def predictions(cases: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in rows_of(usable.loc[~usable["predicted"]]):
         candidates = found.get(_job(row), [])
-        if len(candidates) > 1:  # settings of the method: the labels tell them apart
-            candidates = [other for other in candidates if other["label"] == row["label"]]
         if len(candidates) == 1:
             peak = candidates[0]["peak_mib"]
             rows.append(row | {"predicted_mib": peak, "error_percent": 100 * (peak / row["peak_mib"] - 1)})

@@ -21,6 +21,7 @@ _CONDITIONS: dict[str, Any] = {
     "compile": False,
     "deterministic": False,
     "ema_decay": None,
+    "fused_attention": True,
     "data_seed": 0,
     "image_size": 8,
     "hardware": "a processor",

@@ -20,14 +20,16 @@ def write_job(
     model: str = VIT_B,
     params: int = 86_600_000,
     r: int | None = 8,
+    sparsity: float | None = None,
     seed: int = 0,
     images_per_s: float | None = None,
     wire_mib: float | None = None,
     **fields: Any,
 ) -> Path:
-    """One run whose peak is `peak` MiB. r=None: the record does not tell it."""
+    """One run whose peak is `peak` MiB. r or sparsity None: the record does not tell it."""
     varied = {"method.name": method, "model.architecture": model, "engine.name": engine, "world_size": ranks}
-    varied |= {} if r is None else {"method.r": r}
+    settings = {"method.r": r, "method.sparsity": sparsity}
+    varied |= {key: value for key, value in settings.items() if value is not None}
     predicted = fields.get("predicted", False)
     label = f"{model}-{method}-{r}-{engine}-{ranks}-{batch}-{fields.pop('name', '')}{'p' if predicted else ''}"
     return write_run(

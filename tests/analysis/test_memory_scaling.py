@@ -20,6 +20,8 @@ from analysis.scaling.predictions import prediction_sentences, predictions
 from analysis.scaling.ranks import rank_scaling, scaling_sentences
 from analysis.scaling.traffic import traffic, traffic_sentences
 
+_CONDITIONS = {"image_size": [224, 224], "compile": False, "fused_attention": True}
+
 
 def scaling_of(root: Path) -> pd.DataFrame:
     return rank_scaling(scaling_cases(load_runs([root])))
@@ -113,8 +115,8 @@ def test_communication_by_operation_and_beside_full_fine_tuning(write_run: Write
 
 
 def test_predictions_are_checked_against_what_was_measured(write_run: WriteRun, tmp_path: Path) -> None:
-    write_job(write_run, "snell", peak=100, conditions={"hardware": "a processor", "image_size": [224, 224]})
-    write_job(write_run, "snell", peak=102, predicted=True)
+    write_job(write_run, "snell", peak=100, conditions={**_CONDITIONS, "hardware": "a processor"})
+    write_job(write_run, "snell", peak=102, conditions={**_CONDITIONS, "target": "cpu"}, predicted=True)
     write_job(write_run, "lora", peak=200)
     write_job(write_run, "lora", peak=190, predicted=True)
     table = predictions(scaling_cases(load_runs([tmp_path])))
@@ -126,14 +128,26 @@ def test_predictions_are_checked_against_what_was_measured(write_run: WriteRun, 
 
 @pytest.mark.parametrize(
     "other",
-    [{"precision": "bf16"}, {"memory": with_ranks([10.0]) | {"device": "cuda:0"}}, {"batch": 16}, {"r": 32}],
+    [
+        {"precision": "bf16"},
+        {"memory": with_ranks([10.0]) | {"device": "cuda:0"}},
+        {"batch": 16},
+        {"r": 32},
+        {"conditions": {**_CONDITIONS, "image_size": [384, 384]}},
+        {"conditions": {**_CONDITIONS, "ema_decay": 0.999}},
+        {"conditions": {**_CONDITIONS, "compile": True}},
+        {"conditions": {**_CONDITIONS, "fused_attention": False}},
+        {"sparsity": 0.9},
+        {"sparsity": None},
+    ],
     ids=str,
 )
 def test_a_prediction_of_another_job_checks_nothing(
     other: dict[str, Any], write_run: WriteRun, tmp_path: Path
 ) -> None:
-    write_job(write_run, "snell", peak=100)
-    write_job(write_run, "snell", peak=90, predicted=True, **other)
+    job = {"conditions": _CONDITIONS, "sparsity": 0.5}
+    write_job(write_run, "snell", peak=100, **job)
+    write_job(write_run, "snell", peak=90, predicted=True, **{**job, **other})
     table = predictions(scaling_cases(load_runs([tmp_path])))
     assert table.empty
     assert "nothing here checks the predictions" in prediction_sentences(table)[0]

@@ -47,6 +47,29 @@ def test_command_by_engine_and_ranks(write_run: WriteRun, fields: dict[str, Any]
     assert command_of(row(folder), {}) == expected.format(config=folder / "config.yaml")
 
 
+@pytest.mark.parametrize("is_predicted", [False, True])
+def test_attention_that_kept_its_matrices_does_so_again(write_run: WriteRun, is_predicted: bool) -> None:
+    def command(seed: int, is_fused: bool | None, environment: dict[str, Any]) -> str:
+        conditions = {} if is_fused is None else {"fused_attention": is_fused}
+        folder = write_run("lora", seed, predicted=is_predicted, conditions=conditions)
+        found = command_of(row(folder), environment)
+        assert found is not None
+        return found.partition("snell-scale")[0]
+
+    assert command(0, False, {}) == "TIMM_FUSED_ATTN=0 "
+    assert command(1, False, {"variables.TIMM_FUSED_ATTN": "0"}) == "TIMM_FUSED_ATTN=0 "
+    assert command(2, True, {"variables.TIMM_FUSED_ATTN": "2"}) == "TIMM_FUSED_ATTN=2 "
+    assert command(3, True, {}) == command(4, None, {}) == ""
+
+
+def test_a_condition_that_only_some_runs_know_is_in_their_commands(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("lora", 0)
+    write_run("lora", 1, conditions={"fused_attention": False})
+    unknown, unfused = (command_of(run, {}) or "" for run in rows_of(load_runs([tmp_path])))
+    assert unknown.startswith("snell-scale ")
+    assert unfused.startswith("TIMM_FUSED_ATTN=0 snell-scale ")
+
+
 def test_variables_and_places_are_quoted(write_run: WriteRun) -> None:
     folder = write_run("lora", 0, study="a study")
     environment = {

@@ -50,6 +50,7 @@ def test_a_saving_is_the_share_of_the_base_s_peak(write_run: WriteRun, tmp_path:
         {"predicted": True},
         {"conditions": {"activation_checkpointing": True}},
         {"conditions": {"optimizer": "sgd"}},
+        {"conditions": {"fused_attention": False}},
         {"memory": with_ranks([100.0]) | {"source": "cuda allocator"}},
     ],
     ids=str,

@@ -39,6 +39,23 @@ def test_measured_series_are_drawn_before_predicted_ones_and_the_rest_is_named(c
     assert "In the table only: " in figure.get_suptitle()
 
 
+def test_fused_and_unfused_attention_are_cases_and_panels_of_their_own(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for is_fused, peak in ((True, 100), (False, 140)):
+        fields = {"conditions": {"fused_attention": is_fused}, "predicted": True, "name": str(is_fused)}
+        write_job(write_run, "snell", peak=peak, **fields)
+        write_job(write_run, "snell", peak=9 * peak, model=VIT_H, params=632_000_000, **fields)
+    cases = scaling_cases(load_runs([tmp_path]))
+    assert sorted(cases["peak_mib"]) == [100, 140, 900, 1260]
+    assert cases["job"].nunique() == 4
+    picture = memory_against_parameters(cases)
+    assert picture is not None
+    titles = " ".join(axes.get_title().replace("\n", " ") for axes in picture.draw().axes)
+    assert "fused attention True" in titles
+    assert "fused attention False" in titles
+
+
 def test_models_of_one_size_are_not_drawn_against_their_size(write_run: WriteRun, tmp_path: Path) -> None:
     write_job(write_run, "snell", peak=100, params=86_600_000)
     write_job(write_run, "full", peak=200, params=86_300_000)
