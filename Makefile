@@ -34,7 +34,7 @@ demo-segmentation demo-contrastive demo-generation: demo-%: $(READY)
 studies: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/studies.sh
 
-# What would fit where, by the estimator: nothing is run, a few minutes.
+# What would fit where, by the estimator: nothing is run; half an hour, most of it for 1,024 ranks.
 estimates: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/estimates.sh
 

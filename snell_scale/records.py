@@ -48,8 +48,8 @@ class Result:
     predicted: nothing ran; the numbers are `snell-scale estimate`'s. created_at: ISO 8601, UTC.
     conditions: what a fair comparison holds constant beside the fields above: microbatch_size,
     gradient_accumulation, activation_checkpointing, frozen_dtype, optimizer, allocator, compile, deterministic,
-    ema_decay, fused_attention, data_seed, image_size, data (a digest of the config's section without its paths), weights (the
-    file's name, null: random), hardware, num_threads; absent where it is not known.
+    ema_decay, fused_attention, data_seed, image_size, data (a digest of the config's section without its
+    paths), weights (the file's name, null: random), hardware, num_threads; absent where it is not known.
     num_trainable_params, num_total_params, file_size (of the adapter, bytes): as in PEFT's method_comparison.
     memory: {"device", "source", "phases": {phase: {"total_bytes", "<category>_bytes", …}}, "peak": {…, "phase"},
     "rank", "ranks": [the same of every rank], "allocator", "host"}, of the rank with the largest peak; "peak" is
