@@ -104,7 +104,7 @@ def _one(config: Config, world_size: int, settings: Settings, output: Path | Non
         result = as_result(prediction, config, varied={}, limit_bytes=settings.limit_bytes)
         say(describe(prediction, settings.limit_bytes))
         if settings.limit_bytes is not None:
-            _say_what_fits(estimator, settings.limit_bytes)
+            _say_what_fits(estimator, prediction, settings.limit_bytes)
     if output is not None:
         placed = config.model_copy(update={"output_dir": str(output)})
         say(f"Record: {write_estimate(result, placed)}/result.json")
@@ -130,16 +130,21 @@ def _print(prediction: "Prediction") -> None:
     )
 
 
-def _say_what_fits(estimator: "Estimator", limit_bytes: int) -> None:
-    from snell_scale.estimate.fitting import MOST_SAMPLES, largest_fitting
+def _say_what_fits(estimator: "Estimator", prediction: "Prediction", limit_bytes: int) -> None:
+    """The largest microbatch; where evaluation does not fit, that too, which no microbatch would change."""
+    from snell_scale.estimate.fitting import MOST_SAMPLES, largest_fitting, ways_to_need_less
 
     largest = largest_fitting(lambda size: estimator.predict(size).peak_bytes, limit_bytes)
-    room = show_size(limit_bytes)
+    room, config = show_size(limit_bytes), estimator.config
+    of_what = ""
+    if prediction.evaluation_bytes > limit_bytes:
+        of_what = " of the training step"
+        say(f"An evaluation batch of {config.evaluation.batch_size} does not fit: lower evaluation.batch_size")
     if largest == 0:
-        say(f"Not even a microbatch of 1 fits into {room}: shard the weights (--engine fsdp2), or train less")
+        say(f"Not even a microbatch of 1 fits into {room}: {ways_to_need_less(config)}")
         return
     more = " or more" if largest == MOST_SAMPLES else ""
-    say(f"The largest microbatch that fits into {room}: {largest}{more} on each rank")
+    say(f"The largest microbatch{of_what} that fits into {room}: {largest}{more} on each rank")
 
 
 def _matrix(

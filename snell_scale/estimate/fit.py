@@ -13,6 +13,8 @@ import torch
 
 from snell_scale.config import Config
 from snell_scale.estimate.byte_sizes import show_size
+from snell_scale.estimate.fitting import ways_to_need_less
+from snell_scale.estimate.host_limit import group_free_bytes
 from snell_scale.estimate.prediction import Estimator, Prediction
 from snell_scale.estimate.settings import HEADROOM, Target
 from snell_scale.interfaces import Ranks
@@ -20,7 +22,6 @@ from snell_scale.records import Result
 from snell_scale.run_folder import find_finished
 
 FREE_KEY = "training.gradient_accumulation"
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def run_fitted(
@@ -73,11 +74,13 @@ def choose(config: Config, world_size: int, limit_bytes: int, target: Target) ->
     ladder = _accumulations(config, world_size)
     share = config.training.batch_size // world_size
     with Estimator(config, world_size, target=target) as estimator:
-        first, prediction = _first_that_fits(ladder, limit_bytes, lambda n: estimator.predict(share // n, n))
+        first, tried = _first_that_fits(ladder, limit_bytes, lambda n: estimator.predict(share // n, n))
+        if first == len(ladder):
+            raise ValueError(_refusal(config, tried, limit_bytes))
         normalized = estimator.trains_batch_norms()
     text = (
-        f"fit: {ladder[first]} microbatch(es) of {prediction.microbatch_size} on each rank; estimated peak "
-        f"{show_size(prediction.needed_bytes)} of {show_size(limit_bytes)} (headroom taken off)"
+        f"fit: {ladder[first]} microbatch(es) of {tried[-1].microbatch_size} on each rank; estimated peak "
+        f"{show_size(tried[-1].needed_bytes)} of {show_size(limit_bytes)} (headroom taken off)"
     )
     return ladder[first:], text + ("; batch norms see single microbatches" if normalized else "")
 
@@ -96,35 +99,46 @@ def _apart(config: Config, ranks: Ranks, limit_bytes: int) -> tuple[list[int], s
 
 def _first_that_fits(
     ladder: list[int], limit_bytes: int, predict: Callable[[int], Prediction]
-) -> tuple[int, Prediction]:
-    """(its place, its estimate), by bisection: what is needed falls with the number of microbatches."""
-    low, high = 0, len(ladder)
-    found = smallest = None
+) -> tuple[int, list[Prediction]]:
+    """(its place, all that was predicted, its own last); the ladder's length for a place where none fits.
+
+    From two microbatches on what is needed falls with their number, so that these are bisected. One alone is
+    asked first: gradients stand during the forwards of several, which may need more than the batch in one.
+    """
+    tried = [predict(ladder[0])]
+    if tried[0].needed_bytes <= limit_bytes:
+        return 0, tried
+    low, high = 1, len(ladder)
+    found = None
     while low < high:
         middle = (low + high) // 2
         prediction = predict(ladder[middle])
         if prediction.needed_bytes <= limit_bytes:
             high, found = middle, prediction
         else:
-            low, smallest = middle + 1, prediction
-    if found is None:
-        assert smallest is not None, "a ladder has a rung"
-        raise ValueError(_refusal(smallest, limit_bytes))
-    return low, found
+            low = middle + 1
+            tried.append(prediction)
+    return low, tried if found is None else [*tried, found]
 
 
-def _refusal(smallest: Prediction, limit_bytes: int) -> str:
+def _refusal(config: Config, tried: list[Prediction], limit_bytes: int) -> str:
+    """Of what needs least, which may be the whole batch at once; each of what does not fit with its remedy."""
+    best = min(tried, key=lambda prediction: (prediction.needed_bytes, prediction.peak_bytes))
     limit = show_size(limit_bytes)
-    if smallest.peak_bytes <= limit_bytes:
-        return (
-            f"--fit: an evaluation batch is estimated at {show_size(smallest.evaluation_bytes)} of {limit}; "
+    reasons = []
+    if best.peak_bytes > limit_bytes:
+        smaller = any(other.microbatch_size < best.microbatch_size for other in tried)
+        why = ", the whole batch (parts of it need no less, for gradients stand between them)," if smaller else ""
+        reasons.append(
+            f"even a microbatch of {best.microbatch_size}{why} is estimated at "
+            f"{show_size(best.peak_bytes)} of {limit}; {ways_to_need_less(config)}"
+        )
+    if best.evaluation_bytes > limit_bytes:
+        reasons.append(
+            f"an evaluation batch is estimated at {show_size(best.evaluation_bytes)} of {limit}; "
             "lower evaluation.batch_size"
         )
-    return (
-        f"--fit: even a microbatch of {smallest.microbatch_size} is estimated at "
-        f"{show_size(smallest.peak_bytes)} of {limit}; shard the weights (engine.name=fsdp2), set "
-        "training.activation_checkpointing=true, or train less of the model"
-    )
+    return "--fit: " + "; and ".join(reasons)
 
 
 def _accumulations(config: Config, world_size: int) -> list[int]:
@@ -153,18 +167,9 @@ def _device_bytes(config: Config) -> int:
         index = config.engine.device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")
         free, _ = torch.cuda.mem_get_info(int(index))
     else:
-        limits = [psutil.virtual_memory().available, *filter(None, map(_cgroup_limit, _CGROUP_LIMITS))]
-        free = min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free, allowed = psutil.virtual_memory().available, group_free_bytes()
+        free = (free if allowed is None else min(free, allowed)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int((1 - HEADROOM) * free)
-
-
-def _cgroup_limit(path: str) -> int | None:
-    """A container's; None where there is none."""
-    try:
-        text = Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _free() -> None:

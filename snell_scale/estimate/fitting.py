@@ -1,6 +1,9 @@
-"""The largest microbatch that fits: by bisection over estimates, each a step on fake tensors."""
+"""The largest microbatch that fits: by bisection over estimates, each a step on fake tensors. And what helps."""
 
 from collections.abc import Callable
+
+from snell_scale.config import Config
+from snell_scale.engines.deepspeed_config import DeepSpeedConfig
 
 MOST_SAMPLES = 2**16
 
@@ -39,3 +42,16 @@ def _guess(known: dict[int, int], low: int, limit_bytes: int) -> int:
     if slope <= 0:
         return 2 * low
     return first + int((limit_bytes - known[first]) / slope)
+
+
+def ways_to_need_less(config: Config) -> str:
+    """Advice where a training step does not fit: what would help and is not in the config already."""
+    ways = []
+    if isinstance(config.engine, DeepSpeedConfig):
+        if config.engine.zero_stage != 3:
+            ways.append("shard the weights (engine.zero_stage=3)")
+    elif config.engine.name != "fsdp2":
+        ways.append("shard the weights (engine.name=fsdp2)")
+    if not config.training.activation_checkpointing:
+        ways.append("set training.activation_checkpointing=true")
+    return ", ".join([*ways, f"{'or ' if ways else ''}train less of the model"])

@@ -55,6 +55,27 @@ def test_the_largest_microbatch_that_fits_is_said(estimate: Estimate) -> None:
     assert estimate("--device-memory", "2MiB", "--headroom", "0", "--microbatch", str(largest + 1))[0] == 3
 
 
+def test_an_evaluation_batch_that_does_not_fit_is_told_from_the_step(estimate: Estimate) -> None:
+    """No microbatch fits then, whatever the training step would bear."""
+    limited = ["--device-memory", "2MiB", "--headroom", "0"]
+    code, out, _ = estimate("evaluation.batch_size=1024", *limited)
+    assert code == 3
+    assert "An evaluation batch of 1024 does not fit: lower evaluation.batch_size" in out
+    found = re.search(r"The largest microbatch of the training step that fits into 2\.0 MiB: (\d+) ", out)
+    assert found is not None
+    assert "The largest microbatch that fits" not in out
+    assert estimate("evaluation.batch_size=1", "--microbatch", found[1], *limited)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "sharding"), [("ddp", "shard the weights (engine.name=fsdp2), "), ("fsdp2", "")]
+)
+def test_only_what_is_not_done_yet_is_advised(estimate: Estimate, engine: str, sharding: str) -> None:
+    _, out, _ = estimate("--engine", engine, "--device-memory", "8KiB")
+    advice = f"{sharding}set training.activation_checkpointing=true, or train less of the model"
+    assert f"Not even a microbatch of 1 fits into 0.0 MiB: {advice}" in out.replace("\n", " ")
+
+
 def test_headroom_is_kept_free(estimate: Estimate) -> None:
     _, out, _ = estimate("--device-memory", "10GiB", "--headroom", "0.5")
     assert "fits into 5.00 GiB" in out

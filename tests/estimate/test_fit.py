@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from snell_scale.config import Config
 from snell_scale.engines.single import SingleEngine
 from snell_scale.estimate import fit
 from snell_scale.estimate.fit import run_fitted
-from snell_scale.estimate.prediction import Estimator
+from snell_scale.estimate.prediction import Estimator, Prediction
 from snell_scale.estimate.settings import HEADROOM
 from snell_scale.records import Result, Status, read_result, read_steps
 from snell_scale.run import run
@@ -112,6 +113,66 @@ def test_an_evaluation_batch_must_fit_too(tiny: MakeConfig) -> None:
     config = tiny(BATCH, "evaluation.batch_size=512")
     with pytest.raises(ValueError, match=r"an evaluation batch is estimated at .*lower evaluation\.batch_size"):
         _fitted(config, PretendedRun(), limit_bytes=_needed(config) - 1)
+
+
+@pytest.fixture
+def rising(tmp_path: Path) -> Config:
+    """One microbatch needs about 7.45 MB, two 8.26 and four 7.81.
+
+    All weights train, and their gradients stand during the forwards of several: more than so small a batch saves.
+    """
+    options = ["method.name=full", "training.batch_size=4", SMALL_EVALUATION]
+    config = short(CONFIGS / "demo/transfer.yaml", tmp_path, *options)
+    with Estimator(config, target="cpu") as estimator:
+        one, two, four = (estimator.predict(4 // n, n).needed_bytes for n in (1, 2, 4))
+    assert one < four < two, "or there is nothing here to test"
+    return config
+
+
+def test_the_whole_batch_is_taken_where_parts_of_it_need_more(rising: Config) -> None:
+    assert fit.choose(rising, 1, 7_600_000, "cpu")[0] == [1, 2, 4]
+
+
+def test_a_refusal_names_what_needs_least(rising: Config) -> None:
+    with pytest.raises(ValueError, match=r"microbatch of 4, the whole batch .* is estimated at 7\.1 MiB of 6\.7"):
+        fit.choose(rising, 1, 7_000_000, "cpu")
+
+
+def _predicted(accumulation: int, peak_bytes: int, evaluation_bytes: int = 0) -> Prediction:
+    phases = {"evaluate": {"total_bytes": evaluation_bytes}}
+    memory = {"peak": {"total_bytes": peak_bytes}, "phases": phases}
+    size = 12 // accumulation
+    return Prediction(memory, None, 1, 1, 1, size, 12, "cpu", (8, 8), 0.0)
+
+
+def test_the_first_that_fits_where_one_alone_may_need_less() -> None:
+    """Against trying each, of all short ladders; from two on what is needed never rises."""
+    falling = (sizes for length in range(5) for sizes in combinations_with_replacement((3, 2, 1, 0), length))
+    for several, alone, limit in product(falling, range(4), range(-1, 4)):
+        needed = [alone, *several]
+        ladder = list(range(1, len(needed) + 1))
+        place, tried = fit._first_that_fits(ladder, limit, lambda n, sizes=needed: _predicted(n, sizes[n - 1]))
+        assert place == next((i for i, size in enumerate(needed) if size <= limit), len(needed))
+        if place < len(needed):
+            assert tried[-1].needed_bytes == needed[place]
+        else:
+            assert min(prediction.needed_bytes for prediction in tried) == min(needed)
+
+
+def test_a_refusal_names_all_that_does_not_fit(tiny: MakeConfig) -> None:
+    config = tiny(BATCH, "engine.name=fsdp2", "training.activation_checkpointing=true")
+    tried = [_predicted(1, 9 * 2**20, 5 * 2**20), _predicted(2, 4 * 2**20, 5 * 2**20)]
+    text = fit._refusal(config, tried, 3 * 2**20)
+    assert text == (
+        "--fit: even a microbatch of 6 is estimated at 4.0 MiB of 3.0 MiB; train less of the model; "
+        "and an evaluation batch is estimated at 5.0 MiB of 3.0 MiB; lower evaluation.batch_size"
+    )
+
+
+def test_the_hosts_share_is_of_what_the_group_leaves(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "group_free_bytes", lambda: 10_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fit._device_bytes(tiny()) == int((1 - HEADROOM) * 5_000)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tiny: MakeConfig) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snell_scale.config import Config
 from snell_scale.estimate.byte_sizes import parse_size, show_size
-from snell_scale.estimate.fitting import MOST_SAMPLES, largest_fitting
+from snell_scale.estimate.fitting import MOST_SAMPLES, largest_fitting, ways_to_need_less
 
 MOST = 300
 
@@ -64,6 +65,26 @@ def test_the_worst_function_takes_no_more_than_bisecting_twice() -> None:
         counted = Counted(lambda samples, edge=edge: 10**9 if samples >= edge else samples // 1000)
         assert largest_fitting(counted, 10**6) == edge - 1
         assert len(counted.asked) <= 2 * MOST_SAMPLES.bit_length() + 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sharding"),
+    [
+        ([], "shard the weights (engine.name=fsdp2)"),
+        (["engine.name=ddp"], "shard the weights (engine.name=fsdp2)"),
+        (["engine.name=deepspeed"], "shard the weights (engine.zero_stage=3)"),
+        (["engine.name=deepspeed", "engine.zero_stage=3"], None),
+        (["engine.name=fsdp2"], None),
+    ],
+)
+def test_what_the_config_has_already_is_no_advice(
+    tiny: Callable[..., Config], overrides: list[str], sharding: str | None
+) -> None:
+    start = f"{sharding}, " if sharding else ""
+    checkpointing = "set training.activation_checkpointing=true, or train less of the model"
+    assert ways_to_need_less(tiny(*overrides)) == start + checkpointing
+    end = "or train less of the model" if sharding else "train less of the model"
+    assert ways_to_need_less(tiny(*overrides, "training.activation_checkpointing=true")) == start + end
 
 
 @pytest.mark.parametrize(
