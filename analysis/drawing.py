@@ -26,12 +26,10 @@ _METHOD_STYLES = {
     "bias": ("#9A8A2E", "<"),
     "probe": ("#8C8C8C", ">"),
 }
-# For methods not named above, and for further variants of one method. Told apart by marker first.
-_OTHER_STYLES = tuple(
-    (color, marker)
-    for marker in ("h", "*", "p", "d")
-    for color in ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0084D1", "#D55E00", "#8C8C8C")
-)
+# For methods not named above, and for further variants of one method: each differs from the one before in colour
+# and in marker, and as 7 and 4 have no common divisor, pairs repeat after 28. SNELL's own colour comes last.
+_OTHER_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0084D1", "#8C8C8C", "#D55E00")
+_OTHER_STYLES = tuple((_OTHER_COLORS[n % 7], "h*pd"[n % 4]) for n in range(28))
 CATEGORY_COLORS = {
     "parameters": "#4477AA",
     "gradients": "#EE6677",

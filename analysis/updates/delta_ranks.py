@@ -115,7 +115,7 @@ def _draw_lines(axes: Axes, means: pd.DataFrame, measure: str, styles: Mapping[s
             group[measure],
             color=color_of(style),
             marker=style.marker,
-            markersize=4,
+            markersize=5,
             markevery=max(1, len(group) // 8),
             label=label,
         )
