@@ -47,12 +47,13 @@ def scaling_cases(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per case and status: runs that differ in nothing but the seed.
 
     Columns: label (method, rank and what else of the method differs), method, rank (NaN where it has none),
-    engine (with what of it is varied), the settings (model, world_size, batch_size, conditions …), predicted,
-    status, n, num_total_params, trainable_percent, images_per_s, wire_bytes_per_rank, peak_mib (mean over seeds
-    of the fullest rank), peak_<category>_mib, folder (of one run); `job`, equal where all but method, engine,
-    ranks and batch is equal, and `setting`, where these three are too: what a saving may be computed in.
+    engine (with what of it is varied), the settings (model, world_size, batch_size, conditions …), architecture
+    (the model as the records name it), predicted, status, n, num_total_params, trainable_percent, images_per_s,
+    wire_bytes_per_rank, peak_mib (mean over seeds of the fullest rank), peak_<category>_mib, folder (of one run);
+    `job`, equal where all but method, engine, ranks and batch is equal, and `setting`, where these three are too:
+    what a saving may be computed in.
     """
-    runs = runs.reset_index(drop=True)
+    runs = _with_named_models(runs.reset_index(drop=True))
     runs = runs.assign(rank=[_rank(run) for run in rows_of(runs)])
     of_method, of_engine, others = _varied(runs)
     constant = [name for name in (*_CONSTANT, *others, "predicted") if name in runs]
@@ -119,6 +120,21 @@ def _rank(run: Row) -> float:
     return float(rank) if is_number(rank) else math.nan
 
 
+def _with_named_models(runs: pd.DataFrame) -> pd.DataFrame:
+    """Where a study's names ("ViT-B/16") and its models go together one to one, the models bear these names.
+
+    The names are then no variants of the methods: a method's line goes through all sizes. Column `architecture`
+    has what the records say.
+    """
+    runs = runs.assign(architecture=runs["model"])
+    for column in set(_NAMES) & set(runs.columns):
+        pairs = runs[["model", column]].drop_duplicates()
+        models, chosen = pd.Series(pairs["model"]), pd.Series(pairs[column]).dropna()
+        if len(chosen) > 1 and chosen.is_unique and models.is_unique:
+            runs = runs.assign(model=runs[column].fillna(runs["model"])).drop(columns=column)
+    return runs
+
+
 def _varied(runs: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:
     """The varied columns that belong to the method, to the engine, and to neither."""
     varied = [str(name) for name in runs if str(name).startswith("varied.") and name not in _NO_SETTING]
@@ -156,8 +172,8 @@ def _with_values(name: str, run: Row, keys: Sequence[str]) -> str:
 
 def _case(group: pd.DataFrame) -> Row:
     same = [name for name in (*_CONSTANT, *WORLD) if name in group]
-    names = ("label", "method", "rank", "engine", "job", "setting", "predicted", "status", "folder")
-    row: Row = {name: group[name].iloc[0] for name in (*names, *same)}
+    names = ("label", "method", "rank", "engine", "architecture", "job", "setting", "predicted", "status")
+    row: Row = {name: group[name].iloc[0] for name in (*names, "folder", *same)}
     means = ("num_total_params", "trainable_percent", "images_per_s", "wire_bytes_per_rank", *_CATEGORY_KEYS)
     row |= {name: group[name].mean() for name in means}
     peak = group["rank_peak_max_mib"].fillna(group["peak_total_mib"])

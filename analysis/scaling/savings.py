@@ -94,7 +94,7 @@ def _equal_rank(base: Row, subject: Row) -> bool:
 
 
 def _against(subject: Row, base: Row) -> Row:
-    published = published_of(str(subject["model"]), image_size=subject["image_size"])
+    published = published_of(str(subject["architecture"]), image_size=subject["image_size"])
     printed = published and published.saving_percent(str(subject["method"]), str(base["method"]))
     return {
         "base_label": base["label"],

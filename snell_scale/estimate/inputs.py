@@ -1,7 +1,7 @@
 """What a training step is given, by shape alone: classes and image size, and a batch without values."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
@@ -30,8 +30,7 @@ def inputs_of(config: Config, num_classes: int | None) -> Inputs:
     # Mean and std are the weights' own; sizes are not.
     preprocessing = without_weights(config.model).preprocessing()
     if num_classes is not None:
-        image = preprocessing.image or _stated_image(config)
-        return Inputs(num_classes, image, _images_per_sample(config))
+        return Inputs(num_classes, _image(config, preprocessing.image), _images_per_sample(config))
     try:
         data: DataBundle = config.data.build(seed=config.data_seed, preprocessing=preprocessing)
     except (ValueError, OSError) as error:
@@ -94,14 +93,19 @@ def _images_per_sample(config: Config) -> int:
     return 2 if getattr(config.data, "class_folder", None) else 1
 
 
-def _stated_image(config: Config) -> InputSpec:
+def _image(config: Config, expected: InputSpec | None) -> InputSpec:
+    """As the data would be made: of the size that they state, or else of the one that the model expects."""
     side = getattr(config.data, "image_size", None)
-    if side is None:
+    if side is None and expected is None:
         raise ValueError(
             "neither the model nor data.image_size says how large an image is: set data.image_size, or leave "
             "--num-classes out, and the data are read"
         )
+    if side is None:
+        return cast(InputSpec, expected)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    if expected is not None:
+        return replace(expected, height=height, width=width)
     channels = getattr(config.data, "channels", 3)
     half = (_HALF,) * channels
     return InputSpec(channels, height, width, half, half)

@@ -21,6 +21,7 @@ def write_job(
     params: int = 86_600_000,
     r: int | None = 8,
     sparsity: float | None = None,
+    case: str | None = None,
     seed: int = 0,
     images_per_s: float | None = None,
     wire_mib: float | None = None,
@@ -28,10 +29,11 @@ def write_job(
 ) -> Path:
     """One run whose peak is `peak` MiB. r or sparsity None: the record does not tell it."""
     varied = {"method.name": method, "model.architecture": model, "engine.name": engine, "world_size": ranks}
-    settings = {"method.r": r, "method.sparsity": sparsity}
+    settings = {"method.r": r, "method.sparsity": sparsity, "case": case}
     varied |= {key: value for key, value in settings.items() if value is not None}
     predicted = fields.get("predicted", False)
-    label = f"{model}-{method}-{r}-{engine}-{ranks}-{batch}-{fields.pop('name', '')}{'p' if predicted else ''}"
+    name = f"{case or ''}{fields.pop('name', '')}{'p' if predicted else ''}"
+    label = f"{model}-{method}-{r}-{engine}-{ranks}-{batch}-{name}"
     return write_run(
         method,
         seed,

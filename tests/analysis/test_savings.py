@@ -115,3 +115,27 @@ def test_published_rows_are_of_the_same_architecture_and_image_size() -> None:
 def test_sizes_in_words() -> None:
     assert [params_text(value) for value in (512, 86_600_000, 1.01e9, 1.8e10)] == ["512", "86.6M", "1.01B", "18B"]
     assert [memory_text(value) for value in (640, 12_595.2, float("nan"))] == ["640 MiB", "12.3 GiB", "–"]
+
+
+def test_names_of_models_make_one_line_of_a_method_and_keep_what_was_published(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for case, model, peak in (("ViT-B/16", VIT_B, 100.0), ("ViT-H/14", VIT_H, 400.0)):
+        for method, factor in (("snell", 1.0), ("gps", 1.5)):
+            write_job(write_run, method, peak=factor * peak, model=model, case=case, batch=8)
+    cases = scaling_cases(load_runs([tmp_path]))
+    assert set(cases["label"]) == {"SNELL", "GPS"}
+    assert set(cases["model"]) == {"ViT-B/16", "ViT-H/14"}
+    assert set(cases["architecture"]) == {VIT_B, VIT_H}
+    table = savings(cases)
+    assert list(table["saving_percent"].round(1)) == [33.3, 33.3]
+    assert table["published_percent"].notna().all()
+
+
+def test_names_of_other_settings_stay_with_the_method(write_run: WriteRun, tmp_path: Path) -> None:
+    for case in ("small", "large"):
+        write_job(write_run, "snell", peak=100.0, case=case)
+    write_job(write_run, "snell", peak=400.0, model=VIT_H, case="huge")
+    cases = scaling_cases(load_runs([tmp_path]))
+    assert set(cases["label"]) == {"SNELL, small", "SNELL, large", "SNELL, huge"}
+    assert set(cases["model"]) == {VIT_B, VIT_H}
