@@ -127,7 +127,7 @@ def _with_named_models(runs: pd.DataFrame) -> pd.DataFrame:
     has what the records say.
     """
     runs = runs.assign(architecture=runs["model"])
-    for column in set(_NAMES) & set(runs.columns):
+    for column in [name for name in _NAMES if name in runs]:  # in one order, for equal pages of equal data
         pairs = runs[["model", column]].drop_duplicates()
         models, chosen = pd.Series(pairs["model"]), pd.Series(pairs[column]).dropna()
         if len(chosen) > 1 and chosen.is_unique and models.is_unique:

@@ -83,16 +83,12 @@ def call_every_layer(module: nn.Module) -> None:
 
 def _head_modules(module: nn.Module) -> tuple[str, ...]:
     classifier = cast(Any, module).get_classifier()  # of every timm model, but of no type it declares
-    classifiers = [*(classifier if isinstance(classifier, tuple) else (classifier,))]
+    classifiers = list(classifier) if isinstance(classifier, tuple) else [classifier]
     # VOLO's second classifier: its scores are added to the first's.
     classifiers += [child for name, child in module.named_children() if name == "aux_head"]
-    # CrossViT has a classifier per branch, in a list; peft keeps copies of modules that are called only.
-    lists = [child for child in classifiers if isinstance(child, nn.ModuleList)]
-    classifiers += [child for each in lists for child in each]
-    classifiers = [child for child in classifiers if not any(child is each for each in lists)]
-    return tuple(
-        name for name, child in module.named_modules() if name and any(child is one for one in classifiers)
-    )
+    # CrossViT has a list with a classifier per branch; peft keeps copies of modules that are called only.
+    called = [child for each in classifiers for child in (each if isinstance(each, nn.ModuleList) else [each])]
+    return tuple(name for name, child in module.named_modules() if name and any(child is one for one in called))
 
 
 def _targets(module: nn.Module, heads: tuple[str, ...]) -> list[str]:
