@@ -267,8 +267,8 @@ def _overlap(row: Row, other: Row) -> bool:
 
 
 def _too_few(row: Row) -> str:
-    """The reservation that no test of so many seeds could come out below 0.05."""
-    return f", but {row['n']} seeds are too few for a test" if smallest_flip_p(row["n"]) > ALPHA else ""
+    """The reservation that a sign-flip test of so many seeds cannot come out below 0.05."""
+    return f", but {row['n']} seeds are too few for a sign-flip test" if smallest_flip_p(row["n"]) > ALPHA else ""
 
 
 def _shown_mean(row: Row) -> str:

@@ -22,12 +22,12 @@ def test_clear_winner(write_run: WriteRun, tmp_path: Path) -> None:
     first, second, *others = told(tmp_path)
     assert first == (
         "SNELL has the highest top-1 % on the test split: 95.0 ± 1.0 (3 seeds: 0, 1, 2). "
-        "No other mean ± std overlaps with it, but 3 seeds are too few for a test."
+        "No other mean ± std overlaps with it, but 3 seeds are too few for a sign-flip test."
     )
     # 16 MiB against 15 is 6.67 % more; both ran at 1001 images/s.
     assert second == (
         "SNELL beside LoRA: 5.0 points higher in top-1 % (95.0 ± 1.0 against 90.0 ± 1.0; mean ± std do not "
-        "overlap, but 3 seeds are too few for a test); 6.7 % more peak memory (16.0 against 15.0 MiB); "
+        "overlap, but 3 seeds are too few for a sign-flip test); 6.7 % more peak memory (16.0 against 15.0 MiB); "
         "equally fast (1,001 against 1,001 images/s)."
     )
     assert others == []
@@ -109,7 +109,8 @@ def test_validation_chooses_the_variant_that_leads(write_run: WriteRun, tmp_path
     first = told(tmp_path)[0]
     assert first == (
         "With one variant of each method (chosen on validation), LoRA has the highest top-1 % on the test split: "
-        "92.5 ± 0.7 (2 seeds: 0, 1). No other mean ± std overlaps with it, but 2 seeds are too few for a test."
+        "92.5 ± 0.7 (2 seeds: 0, 1). No other mean ± std overlaps with it, but 2 seeds are too few for a "
+        "sign-flip test."
     )
 
 
@@ -143,7 +144,7 @@ def test_equal_means_are_level(write_run: WriteRun, tmp_path: Path) -> None:
             write_run(method, seed, top1=top1)
     assert told(tmp_path)[0] == (
         "LoRA is level with SNELL at the highest top-1 % on the test split: 90.0 ± 1.4 (2 seeds: 0, 1). "
-        "No other mean ± std overlaps with it, but 2 seeds are too few for a test."
+        "No other mean ± std overlaps with it, but 2 seeds are too few for a sign-flip test."
     )
 
 
